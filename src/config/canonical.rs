@@ -1,0 +1,70 @@
+//! Owns the canonical text of a configuration, of which the config hash is taken: two files that mean the
+//! same (other order, comments, anchors, number spellings) have the same text. Read by the engine; never
+//! parsed back.
+
+use std::fmt::Write as _;
+
+use super::schema::{Initial, MergeConfig, Round, Subspace};
+
+impl MergeConfig {
+    /// A canonical text of everything that may change the result, one `key = value` per line. Paths are as
+    /// written, so that a directory of config and models can move; line numbers, `name` and the text itself
+    /// do not enter.
+    pub fn canonical_hash_input(&self) -> String {
+        let mut out = String::from("mats-stream-config/1\n");
+        let dtype = self.output_dtype().map_or("-", |dtype| dtype.name());
+        let _ = writeln!(out, "output_dtype = {dtype}");
+        if let Some(base) = &self.base_model {
+            let _ = writeln!(out, "base_model = {:?}", base.written);
+        }
+        for (i, model) in self.models.iter().enumerate() {
+            let _ = writeln!(out, "models[{i}].model = {:?}", model.model.written);
+            for file in &model.statistics {
+                let written = file.strip_prefix(&self.directory).unwrap_or(file);
+                let _ = writeln!(out, "models[{i}].statistics = {written:?}");
+            }
+        }
+        write_round(&self.round, &mut out, "");
+        out
+    }
+}
+
+fn write_round(round: &Round, out: &mut String, prefix: &str) {
+    let _ = writeln!(out, "{prefix}merge_method = {}", round.method.name());
+    let _ = writeln!(out, "{prefix}subspace = {}", round.subspace.name());
+    if let Subspace::DeltaGram(scale) = round.subspace {
+        let _ = writeln!(out, "{prefix}subspace.scale = {}", scale.name());
+    }
+    let _ = writeln!(out, "{prefix}unmatched = {}", round.unmatched.name());
+    let solver = &round.solver;
+    let _ = writeln!(out, "{prefix}solver.method = {}", solver.method.name());
+    if let Some(preconditioner) = solver.preconditioner {
+        let _ = writeln!(
+            out,
+            "{prefix}solver.preconditioner = {}",
+            preconditioner.name()
+        );
+    }
+    if let Some(max_iterations) = solver.max_iterations {
+        let _ = writeln!(out, "{prefix}solver.max_iterations = {max_iterations}");
+    }
+    for (name, number) in [("tolerance", solver.tolerance), ("ridge", solver.ridge)] {
+        if let Some(number) = number {
+            let _ = writeln!(out, "{prefix}solver.{name} = {number:?}");
+        }
+    }
+    round
+        .parameters
+        .write_canonical(out, &format!("{prefix}parameters."));
+    for (i, parameters) in round.model_parameters.iter().enumerate() {
+        parameters.write_canonical(out, &format!("{prefix}models[{i}].parameters."));
+    }
+    let _ = writeln!(out, "{prefix}initial = {}", round.initial.name());
+    match &round.initial {
+        Initial::Checkpoint(model) => {
+            let _ = writeln!(out, "{prefix}initial.checkpoint = {:?}", model.written);
+        }
+        Initial::Nested(inner) => write_round(inner, out, &format!("{prefix}initial.")),
+        Initial::Auto | Initial::Zero | Initial::Average | Initial::Base => {}
+    }
+}

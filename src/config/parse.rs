@@ -1,0 +1,748 @@
+//! Owns the meaning of the keys: YAML nodes in, a checked [`MergeConfig`] out. Every rule that can be checked
+//! without a tensor is checked here. Called by [`MergeConfig::load`]; opens nothing (it asks whether a bare
+//! word under `initial` exists as a path, no more).
+
+use std::path::{Path, PathBuf};
+
+use super::error::ConfigError;
+use super::fields::{Field, Scope};
+use super::parameters::{
+    Parameter, ParameterKind, ParameterSpec, ParameterValue, Parameters, Rule,
+};
+use super::schema::{
+    Initial, MergeConfig, Method, ModelEntry, ModelPath, Round, SolverConfig, SolverMethod,
+    Subspace, Unmatched, Words,
+};
+use super::yaml::{Node, Value, join};
+
+/// Everything the top level may hold.
+const TOP_KEYS: &[&str] = &[
+    "merge_method",
+    "models",
+    "base_model",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "subspace",
+    "initial",
+    "solver",
+    "unmatched",
+    "tokenizer_source",
+    "name",
+];
+const NESTED_KEYS: &[&str] = &[
+    "merge_method",
+    "parameters",
+    "subspace",
+    "initial",
+    "solver",
+    "unmatched",
+];
+const MODEL_KEYS: &[&str] = &["model", "statistics", "parameters"];
+const SOLVER_KEYS: &[&str] = &[
+    "method",
+    "preconditioner",
+    "max_iterations",
+    "tolerance",
+    "ridge",
+];
+const RULE_KEYS: &[&str] = &["filter", "value"];
+
+/// Keys with a meaning in mergekit or in the contract that this version does not carry out.
+const UNSUPPORTED_KEYS: &[(&str, &str)] = &[
+    ("slices", "; list whole models under `models`"),
+    ("modules", "; list whole models under `models`"),
+    ("sweep", "; write one config for each merge"),
+    ("tokenizer", "; the base's tokenizer files are copied"),
+    ("chat_template", "; the base's tokenizer files are copied"),
+];
+
+/// mergekit's methods beyond those of [`Method`].
+const UNSUPPORTED_METHODS: &[&str] = &[
+    "slerp",
+    "nuslerp",
+    "multislerp",
+    "karcher",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "sce",
+    "ram",
+    "ramplus_tl",
+    "model_stock",
+    "nearswap",
+    "arcee_fusion",
+    "passthrough",
+];
+
+/// What rounds have in common.
+struct Shared<'s> {
+    directory: &'s Path,
+    models: &'s [ModelEntry],
+    base: Option<&'s ModelPath>,
+    /// `models[i].parameters` as written: what a nested round inherits, however deep.
+    written: &'s [Option<Field<'s>>],
+}
+
+pub(super) fn config(
+    path: &Path,
+    text: String,
+    root: Option<&Node>,
+) -> Result<MergeConfig, ConfigError> {
+    let directory = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    let top = match root {
+        Some(node) => Field {
+            path,
+            key: "config".to_owned(),
+            line: node.line,
+            node,
+        }
+        .scope("a mapping")?,
+        None => Scope {
+            path,
+            key: String::new(),
+            line: 1,
+            entries: &[],
+        },
+    };
+    let top = Scope {
+        key: String::new(),
+        ..top
+    };
+    check_top_keys(&top)?;
+    // First of all, so that a mergekit config of another method hears that, and not about some detail of its
+    // models.
+    method(&top)?;
+
+    let (models, written) = models(&top, &directory)?;
+    let base_model = top
+        .field("base_model")
+        .map(|field| model_path(&field, &directory))
+        .transpose()?;
+    let tokenizer_source = top
+        .field("tokenizer_source")
+        .map(|field| tokenizer_source(&field))
+        .transpose()?;
+    let name = top
+        .field("name")
+        .map(|field| field.text("a name").map(str::to_owned))
+        .transpose()?;
+    let dtype = top.field("dtype").map(|field| field.word()).transpose()?;
+    let out_dtype = top
+        .field("out_dtype")
+        .map(|field| field.word())
+        .transpose()?;
+    let shared = Shared {
+        directory: &directory,
+        models: &models,
+        base: base_model.as_ref(),
+        written: &written,
+    };
+    let round = shared.round(&top, None)?;
+    Ok(MergeConfig {
+        path: path.to_owned(),
+        text,
+        name,
+        base_model,
+        dtype,
+        out_dtype,
+        round,
+        tokenizer_source,
+        models,
+        directory,
+    })
+}
+
+fn check_top_keys(top: &Scope<'_>) -> Result<(), ConfigError> {
+    for entry in top.entries {
+        if let Some(&(_, instead)) = UNSUPPORTED_KEYS.iter().find(|(key, _)| *key == entry.key) {
+            return Err(ConfigError::Unsupported {
+                path: top.path.to_owned(),
+                line: entry.line,
+                key: entry.key.clone(),
+                value: entry.key.clone(),
+                instead,
+            });
+        }
+    }
+    top.check_keys(TOP_KEYS, belongs)
+}
+
+/// The place where a word that is no key of a round has a meaning.
+fn belongs(key: &str) -> Option<&'static str> {
+    let is_parameter = Method::WORDS
+        .iter()
+        .any(|(_, method)| method.parameters().iter().any(|spec| spec.name == key));
+    if is_parameter {
+        Some("parameters")
+    } else if SOLVER_KEYS.contains(&key) {
+        Some("solver")
+    } else if matches!(key, "model" | "statistics") {
+        Some("models")
+    } else {
+        None
+    }
+}
+
+fn method(scope: &Scope<'_>) -> Result<(Method, usize), ConfigError> {
+    let Some(field) = scope.field("merge_method") else {
+        return Err(scope.missing(
+            "merge_method",
+            "it says how to merge, as `mats` or `linear`",
+        ));
+    };
+    let word = field.text("a word")?;
+    if UNSUPPORTED_METHODS.contains(&word) {
+        return Err(field.unsupported(
+            word,
+            "; choose one of linear, task_arithmetic, fisher, regmean, wudi, actmat, mats",
+        ));
+    }
+    Ok((field.word()?, field.line))
+}
+
+/// The models, and each one's `parameters` as written: their meaning depends on the round that reads them.
+fn models<'n>(
+    top: &Scope<'n>,
+    directory: &Path,
+) -> Result<(Vec<ModelEntry>, Vec<Option<Field<'n>>>), ConfigError> {
+    let Some(field) = top.field("models") else {
+        return Err(top.missing("models", "it lists the checkpoints to merge"));
+    };
+    let items = field
+        .items()
+        .ok_or_else(|| field.wrong_type("a list of models"))?;
+    if items.is_empty() {
+        return Err(top.missing(
+            "models",
+            "the list is empty, and a merge needs at least one model",
+        ));
+    }
+    let mut models = Vec::with_capacity(items.len());
+    let mut written = Vec::with_capacity(items.len());
+    for item in items {
+        let scope = item.scope("a mapping with `model`")?;
+        scope.check_keys(MODEL_KEYS, |key| {
+            if key == "weight" {
+                Some("parameters")
+            } else {
+                None
+            }
+        })?;
+        let Some(model) = scope.field("model") else {
+            return Err(scope.missing("model", "every item of `models` names a checkpoint"));
+        };
+        let model = model_path(&model, directory)?;
+        let statistics = match scope.field("statistics") {
+            Some(field) => statistics(&field, directory)?,
+            None => Vec::new(),
+        };
+        models.push(ModelEntry {
+            model,
+            statistics,
+            line: item.line,
+        });
+        written.push(scope.field("parameters"));
+    }
+    Ok((models, written))
+}
+
+fn statistics(field: &Field<'_>, directory: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+    const EXPECTED: &str = "the path of a statistics file, or a list of them";
+    let items = field.items().unwrap_or_else(|| vec![field.clone()]);
+    items
+        .iter()
+        .map(|item| resolve(item, item.text(EXPECTED)?, directory))
+        .collect()
+}
+
+fn model_path(field: &Field<'_>, directory: &Path) -> Result<ModelPath, ConfigError> {
+    let written = field.text("the path of a checkpoint as a string")?;
+    // mergekit's `+` always starts an adapter; a path that holds one is not guessed at.
+    if written.contains('+') {
+        return Err(field.unsupported(written, "; merge the adapter after `+` into its base first"));
+    }
+    let path = resolve(field, written, directory)?;
+    Ok(ModelPath {
+        written: written.to_owned(),
+        path,
+        line: field.value_line(),
+    })
+}
+
+/// Joins a path as written to the config's directory.
+fn resolve(field: &Field<'_>, written: &str, directory: &Path) -> Result<PathBuf, ConfigError> {
+    if written.contains('\0') {
+        return Err(field.wrong_type("a path without NUL"));
+    }
+    // No `./` in front of every path that a message shows.
+    if directory == Path::new(".") {
+        Ok(PathBuf::from(written))
+    } else {
+        Ok(directory.join(written))
+    }
+}
+
+fn tokenizer_source(field: &Field<'_>) -> Result<String, ConfigError> {
+    match field.text("`base`")? {
+        "base" => Ok("base".to_owned()),
+        other => Err(field.unsupported(other, "; `base` copies the base's tokenizer")),
+    }
+}
+
+impl Shared<'_> {
+    /// Reads a round; `outer` is the round that it starts, `None` at the top level.
+    fn round(&self, scope: &Scope<'_>, outer: Option<Unmatched>) -> Result<Round, ConfigError> {
+        let (method, line) = method(scope)?;
+        let subspace = self.subspace(scope, method)?;
+        let parameters = match scope.field("parameters") {
+            Some(field) => parameters(&field, method, false)?,
+            None => Parameters::default(),
+        };
+        let model_parameters = self.model_parameters(method, &parameters, outer.is_some())?;
+        let unmatched = match scope.field("unmatched") {
+            Some(field) => {
+                let unmatched = field.word()?;
+                if unmatched == Unmatched::Base {
+                    self.need_base(scope, field.line, "`unmatched: base`")?;
+                }
+                unmatched
+            }
+            // Inherited.
+            None => outer.unwrap_or(Unmatched::Average),
+        };
+        let solver = solver(scope, method, line)?;
+        let initial = self.initial(scope, method, unmatched)?;
+
+        if method.needs_base() {
+            self.need_base(scope, line, &format!("`{}`", method.name()))?;
+        }
+        if method == Method::Mats && matches!(subspace, Subspace::DeltaGram(_)) {
+            let line = scope.field("subspace").map_or(line, |field| field.line);
+            self.need_base(scope, line, "`subspace: delta_gram`")?;
+        }
+        let round = Round {
+            method,
+            subspace,
+            initial,
+            solver,
+            unmatched,
+            parameters,
+            model_parameters,
+            line,
+        };
+        self.check_statistics(scope.path, &round)?;
+        self.check_weights(scope, &round)?;
+        Ok(round)
+    }
+
+    fn subspace(&self, scope: &Scope<'_>, method: Method) -> Result<Subspace, ConfigError> {
+        match (scope.field("subspace"), method.fixed_subspace()) {
+            (Some(field), Some(fixed)) => {
+                field.word::<Subspace>()?;
+                let why = match method {
+                    Method::Linear | Method::TaskArithmetic => {
+                        format!(
+                            "`{}` has no subspace; `merge_method: mats` has",
+                            method.name()
+                        )
+                    }
+                    _ => format!(
+                        "`{}` is a preset whose subspace is {}; others go with `merge_method: mats`",
+                        method.name(),
+                        fixed.name()
+                    ),
+                };
+                Err(field.not_allowed(why))
+            }
+            (Some(field), None) => field.word(),
+            (None, fixed) => Ok(fixed.unwrap_or(Subspace::Auto)),
+        }
+    }
+
+    /// Each model's parameters as this round sees them. The outer round refuses names its method does not
+    /// know; a nested one takes what it knows and does not set itself.
+    fn model_parameters(
+        &self,
+        method: Method,
+        own: &Parameters,
+        nested: bool,
+    ) -> Result<Vec<Parameters>, ConfigError> {
+        let of_model = |field: &Option<Field<'_>>| match field {
+            None => Ok(Parameters::default()),
+            Some(field) if nested => inherited_parameters(field, method)
+                .map(|given| given.filtered(|name| !own.is_set(name))),
+            Some(field) => parameters(field, method, true),
+        };
+        self.written.iter().map(of_model).collect()
+    }
+
+    fn initial(
+        &self,
+        scope: &Scope<'_>,
+        method: Method,
+        unmatched: Unmatched,
+    ) -> Result<Initial, ConfigError> {
+        let Some(field) = scope.field("initial") else {
+            return Ok(Initial::Auto);
+        };
+        if !method.solves() {
+            return Err(field.not_allowed(format!(
+                "`{}` solves nothing, so it starts nowhere",
+                method.name()
+            )));
+        }
+        if field.is_mapping() {
+            let inner = field.scope("a nested config")?;
+            self.check_nested_keys(&inner)?;
+            return Ok(Initial::Nested(Box::new(
+                self.round(&inner, Some(unmatched))?,
+            )));
+        }
+        let word = field.text("a word, the path of a checkpoint or a nested config")?;
+        match word {
+            "auto" => Ok(Initial::Auto),
+            "zero" => Ok(Initial::Zero),
+            "average" => Ok(Initial::Average),
+            "base" => {
+                self.need_base(scope, field.line, "`initial: base`")?;
+                Ok(Initial::Base)
+            }
+            _ => {
+                let model = model_path(&field, self.directory)?;
+                // A bare word that is no path is a misspelt keyword rather than a checkpoint gone missing.
+                let is_path =
+                    word.contains('/') || word.ends_with(".safetensors") || model.path.exists();
+                if is_path {
+                    Ok(Initial::Checkpoint(model))
+                } else {
+                    Err(field.unknown_value::<InitialWord>(
+                        word,
+                        &["a checkpoint's path", "a nested config"],
+                    ))
+                }
+            }
+        }
+    }
+
+    fn check_nested_keys(&self, inner: &Scope<'_>) -> Result<(), ConfigError> {
+        for entry in inner.entries {
+            if TOP_KEYS.contains(&entry.key.as_str()) && !NESTED_KEYS.contains(&entry.key.as_str())
+            {
+                return Err(ConfigError::NotAllowed {
+                    path: inner.path.to_owned(),
+                    line: entry.line,
+                    key: join(&inner.key, &entry.key),
+                    why: format!(
+                        "a nested config inherits the outer one's `{}`; leave it out",
+                        entry.key
+                    ),
+                });
+            }
+        }
+        inner.check_keys(NESTED_KEYS, belongs)
+    }
+
+    fn need_base(&self, scope: &Scope<'_>, line: usize, who: &str) -> Result<(), ConfigError> {
+        if self.base.is_some() {
+            return Ok(());
+        }
+        Err(ConfigError::Missing {
+            path: scope.path.to_owned(),
+            line,
+            key: "base_model".to_owned(),
+            why: format!("{who} needs it"),
+        })
+    }
+
+    /// A subspace that cannot do without statistics needs them of every model; `auto` of every model or of
+    /// none, since one model without would make every parameter unmatched. A model of weight 0 is dropped
+    /// before.
+    fn check_statistics(&self, path: &Path, round: &Round) -> Result<(), ConfigError> {
+        let some = self.models.iter().any(|model| !model.statistics.is_empty());
+        if !(round.subspace.needs_statistics() || round.subspace == Subspace::Auto && some) {
+            return Ok(());
+        }
+        let lacks = |(i, model): &(usize, &ModelEntry)| {
+            model.statistics.is_empty() && uniform_weight(round, *i) != Some(0.0)
+        };
+        let Some((i, model)) = self.models.iter().enumerate().find(lacks) else {
+            return Ok(());
+        };
+        let subspace = round.subspace.name();
+        let why = if round.subspace == Subspace::Auto {
+            "other models name theirs, and `subspace: auto` needs those of all models (or of none)"
+                .to_owned()
+        } else if round.method == Method::Mats {
+            format!("`subspace: {subspace}` needs the statistics of every model")
+        } else {
+            format!(
+                "`{}` needs the statistics of every model",
+                round.method.name()
+            )
+        };
+        Err(ConfigError::Missing {
+            path: path.to_owned(),
+            line: model.line,
+            key: format!("models[{i}].statistics"),
+            why,
+        })
+    }
+
+    /// Refuses weights that are known to sum to 0 for every tensor where their sum divides.
+    fn check_weights(&self, scope: &Scope<'_>, round: &Round) -> Result<(), ConfigError> {
+        let divides = round.method.solves()
+            || match round.parameters.is_set("normalize") {
+                true => round.parameters.uniform_boolean("normalize") == Some(true),
+                false => round.method == Method::Linear,
+            };
+        if !divides {
+            return Ok(());
+        }
+        let mut sum = 0.0;
+        for (i, model) in self.models.iter().enumerate() {
+            if round.skips_base() && self.base.is_some_and(|base| base.path == model.model.path) {
+                continue;
+            }
+            match uniform_weight(round, i) {
+                Some(weight) => sum += weight,
+                None => return Ok(()),
+            }
+        }
+        if sum != 0.0 {
+            return Ok(());
+        }
+        let all_skipped = round.skips_base()
+            && self
+                .models
+                .iter()
+                .all(|model| self.base.is_some_and(|base| base.path == model.model.path));
+        if all_skipped {
+            return Ok(());
+        }
+        let line = round
+            .model_parameters
+            .iter()
+            .find_map(|own| own.line("weight"));
+        Err(ConfigError::NotAllowed {
+            path: scope.path.to_owned(),
+            line: line
+                .or(round.parameters.line("weight"))
+                .unwrap_or(round.line),
+            key: join(&scope.key, "parameters.weight"),
+            why: "the models' weights sum to 0, and their sum divides".to_owned(),
+        })
+    }
+}
+
+/// The words of `initial`, for the error that lists them.
+#[derive(Clone, Copy)]
+struct InitialWord;
+
+impl Words for InitialWord {
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("auto", Self),
+        ("zero", Self),
+        ("average", Self),
+        ("base", Self),
+    ];
+}
+
+/// A model's weight if it is one number for all tensors.
+fn uniform_weight(round: &Round, model: usize) -> Option<f64> {
+    let own = round
+        .model_parameters
+        .get(model)
+        .filter(|own| own.is_set("weight"));
+    match own {
+        Some(own) => own.uniform_number("weight"),
+        None if round.parameters.is_set("weight") => round.parameters.uniform_number("weight"),
+        None => Some(1.0),
+    }
+}
+
+fn solver(scope: &Scope<'_>, method: Method, line: usize) -> Result<SolverConfig, ConfigError> {
+    let default = match method {
+        Method::Wudi | Method::Actmat => SolverMethod::Direct,
+        _ => SolverMethod::Auto,
+    };
+    let mut config = SolverConfig {
+        method: default,
+        preconditioner: None,
+        max_iterations: None,
+        tolerance: None,
+        ridge: None,
+        line,
+    };
+    let Some(field) = scope.field("solver") else {
+        return Ok(config);
+    };
+    if !method.solves() {
+        return Err(field.not_allowed(format!(
+            "`{}` solves nothing, so it has no solver",
+            method.name()
+        )));
+    }
+    let solver = field.scope("a mapping, as `{ method: cg }`")?;
+    solver.check_keys(SOLVER_KEYS, |_| None)?;
+    config.line = field.line;
+    if let Some(field) = solver.field("method") {
+        config.method = field.word()?;
+    }
+    if let Some(field) = solver.field("preconditioner") {
+        config.preconditioner = Some(field.word()?);
+        if config.method != SolverMethod::Pcg {
+            return Err(field.not_allowed(format!(
+                "only `method: pcg` has a preconditioner, and the method here is {}",
+                config.method.name()
+            )));
+        }
+    }
+    if let Some(field) = solver.field("max_iterations") {
+        config.max_iterations =
+            Some(field.integer(SolverConfig::MAX_ITERATIONS, "an integer from 0 to 1000000")?);
+    }
+    let not_negative = |name| match solver.field(name) {
+        Some(field) => field
+            .number(|x| x >= 0.0, "a finite number of at least 0")
+            .map(Some),
+        None => Ok(None),
+    };
+    config.tolerance = not_negative("tolerance")?;
+    config.ridge = not_negative("ridge")?;
+    Ok(config)
+}
+
+/// Reads `parameters` of a round, or (`per_model`) of one model.
+fn parameters(
+    field: &Field<'_>,
+    method: Method,
+    per_model: bool,
+) -> Result<Parameters, ConfigError> {
+    let scope = field.scope("a mapping of parameters")?;
+    let specs = method.parameters();
+    let allowed: Vec<_> = specs
+        .iter()
+        .filter(|spec| spec.per_model || !per_model)
+        .map(|spec| spec.name)
+        .collect();
+    if let Some(entry) = scope
+        .entries
+        .iter()
+        .find(|entry| !allowed.contains(&entry.key.as_str()))
+        && specs.iter().any(|spec| spec.name == entry.key)
+    {
+        return Err(ConfigError::NotAllowed {
+            path: scope.path.to_owned(),
+            line: entry.line,
+            key: join(&scope.key, &entry.key),
+            why: "is one for all models: give it under the config's own `parameters`".to_owned(),
+        });
+    }
+    scope.check_keys(&allowed, |_| None)?;
+    read_parameters(&scope, specs)
+}
+
+/// Reads from a model's `parameters` what a nested round's method takes of each model; the outer round has
+/// refused every unknown name.
+fn inherited_parameters(field: &Field<'_>, method: Method) -> Result<Parameters, ConfigError> {
+    let scope = field.scope("a mapping of parameters")?;
+    let specs: Vec<_> = method
+        .parameters()
+        .iter()
+        .filter(|spec| spec.per_model)
+        .copied()
+        .collect();
+    read_parameters(&scope, &specs)
+}
+
+fn read_parameters(scope: &Scope<'_>, specs: &[ParameterSpec]) -> Result<Parameters, ConfigError> {
+    let mut parameters = Parameters::default();
+    for spec in specs {
+        let Some(field) = scope.field(spec.name) else {
+            continue;
+        };
+        let value = match spec.kind {
+            ParameterKind::Number(range) => {
+                ParameterValue::Number(rules(&field, &|point: &Field<'_>| {
+                    point.number(|number| range.contains(number), range.expected())
+                })?)
+            }
+            ParameterKind::Boolean => {
+                ParameterValue::Boolean(rules(&field, &|point: &Field<'_>| point.boolean())?)
+            }
+        };
+        parameters.insert(
+            spec.name,
+            Parameter {
+                line: field.line,
+                value,
+            },
+        );
+    }
+    Ok(parameters)
+}
+
+/// A scalar, a gradient, a `{filter, value}` or a list of those.
+fn rules<T>(
+    field: &Field<'_>,
+    point: &impl Fn(&Field<'_>) -> Result<T, ConfigError>,
+) -> Result<Vec<Rule<T>>, ConfigError> {
+    if field.is_mapping() {
+        return Ok(vec![rule(field, point)?]);
+    }
+    match field.items() {
+        Some(items) if items.iter().any(Field::is_mapping) => {
+            items.iter().map(|item| rule(item, point)).collect()
+        }
+        _ => Ok(vec![Rule {
+            filter: None,
+            points: points(field, point)?,
+        }]),
+    }
+}
+
+fn rule<T>(
+    field: &Field<'_>,
+    point: &impl Fn(&Field<'_>) -> Result<T, ConfigError>,
+) -> Result<Rule<T>, ConfigError> {
+    let scope = field.scope("a `{filter, value}`, as the rest of the list")?;
+    scope.check_keys(RULE_KEYS, |_| None)?;
+    let filter = match scope.field("filter") {
+        Some(filter) => {
+            Some(filter.text("a part of tensor names, or `*`")?).filter(|&text| text != "*")
+        }
+        None => None,
+    };
+    let Some(value) = scope.field("value") else {
+        return Err(scope.missing("value", "a filter without a value decides nothing"));
+    };
+    Ok(Rule {
+        filter: filter.map(str::to_owned),
+        points: points(&value, point)?,
+    })
+}
+
+/// A scalar as one point, a gradient as several.
+fn points<T>(
+    field: &Field<'_>,
+    point: &impl Fn(&Field<'_>) -> Result<T, ConfigError>,
+) -> Result<Vec<T>, ConfigError> {
+    match &field.node.value {
+        Value::Sequence(items) if items.is_empty() => Err(field.wrong_type("at least one value")),
+        Value::Sequence(_) => field
+            .items()
+            .unwrap_or_default()
+            .iter()
+            .map(point)
+            .collect(),
+        _ => Ok(vec![point(field)?]),
+    }
+}

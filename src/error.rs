@@ -1,0 +1,93 @@
+//! The crate's error: what went wrong and which exit code that is.
+
+use crate::config::ConfigError;
+use crate::merge::MergeError;
+use crate::plan::PlanError;
+use crate::read::ReadError;
+use crate::statistics::StatisticsError;
+use crate::write::WriteError;
+
+/// Anything that ends a command.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The config.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A checkpoint.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// A statistics file.
+    #[error(transparent)]
+    Statistics(#[from] StatisticsError),
+    /// The plan.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// A block.
+    #[error(transparent)]
+    Merge(#[from] MergeError),
+    /// The output.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// A flag whose value makes no sense here.
+    #[error("{flag}: {what}")]
+    Flag {
+        /// The flag.
+        flag: &'static str,
+        /// What is wrong and what would do.
+        what: String,
+    },
+    /// stdout could not be written.
+    #[error("stdout")]
+    Stdout {
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A signal ended the run.
+    #[error("interrupted by signal {signal}; nothing was published")]
+    Interrupted {
+        /// Its number.
+        signal: i32,
+    },
+}
+
+impl Error {
+    /// The exit code that the command line's contract gives this error.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) | Self::Flag { .. } => 2,
+            Self::Read(error) => error.exit_class().code(),
+            Self::Statistics(error) => error.exit_class().code(),
+            Self::Plan(PlanError::Merge(error)) | Self::Merge(error) => merge_code(error),
+            Self::Plan(_) => 2,
+            Self::Write(error) => error.exit_class().code(),
+            Self::Stdout { .. } => 6,
+            Self::Interrupted { signal } => 128u8.saturating_add(u8::try_from(*signal).unwrap_or(0)),
+        }
+    }
+
+    /// The whole chain on one line: `WHERE: WHAT: why`.
+    pub fn one_line(&self) -> String {
+        let mut line = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(error) = source {
+            let text = error.to_string();
+            // A transparent wrapper says the same again.
+            if !line.ends_with(&text) {
+                line += ": ";
+                line += &text;
+            }
+            source = error.source();
+        }
+        line.replace(['\n', '\r'], " ")
+    }
+}
+
+fn merge_code(error: &MergeError) -> u8 {
+    match error {
+        MergeError::Read(error) => error.exit_class().code(),
+        MergeError::Statistics(error) => error.exit_class().code(),
+        MergeError::Write(error) => error.exit_class().code(),
+        _ => 2,
+    }
+}

@@ -1,0 +1,84 @@
+//! Dense kernels on row-major buffers: memory, matrix products, reductions.
+//!
+//! Owns every choice that decides the bits of a result: the grid of output tiles, the length of a panel along the
+//! inner dimension, the tree of a sum. All three depend on shapes alone, never on the number of threads, on the memory
+//! budget or on how a factor is stored, so a merge gives the same bytes however it is run. Called by `operator`,
+//! `precond`, `solve` and `merge`; knows nothing of files.
+
+mod buffer;
+mod gemm;
+pub mod vector;
+
+pub use buffer::Buffer;
+pub use gemm::{Threading, gemm, gemm_lower, mat, mat_mut};
+
+use crate::read::dtype::{self, Dtype};
+
+/// Rows of a tile and length of a panel: the side of the fixed grid that all products are cut into.
+///
+/// Measured on a 2-core AVX-512 machine with faer 0.24 (see DESIGN.md): 512 loses under 3 % to an uncut product at
+/// 1024x2816 and keeps a streamed panel of an 11008-wide factor at 22 MiB.
+pub const PANEL: usize = 512;
+
+/// The solver's scalar: `f32` (storage of the CG vectors) or `f64` (direct solves, oracles).
+pub trait Real:
+    Copy + Send + Sync + Default + PartialOrd + std::fmt::Debug + bytemuck::Pod + faer::traits::RealField + 'static
+{
+    /// Bytes of one value.
+    const BYTES: usize = size_of::<Self>();
+    /// Rounds to nearest.
+    fn from_f64(value: f64) -> Self;
+    /// Exact.
+    fn to_f64(self) -> f64;
+    /// Decodes stored values, rounding to nearest where `Self` is narrower.
+    fn decode(dtype: Dtype, bytes: &[u8], out: &mut [Self]);
+    /// Encodes into a stored dtype with one rounding.
+    fn encode(dtype: Dtype, values: &[Self], out: &mut [u8]);
+    /// Index of the first NaN or infinity.
+    fn first_nonfinite(values: &[Self]) -> Option<usize>;
+}
+
+impl Real for f32 {
+    #[inline(always)]
+    fn from_f64(value: f64) -> Self {
+        value as f32
+    }
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        f64::from(self)
+    }
+    fn decode(dtype: Dtype, bytes: &[u8], out: &mut [Self]) {
+        dtype::decode_f32(dtype, bytes, out).expect("float dtypes and matching lengths are checked when the plan is made");
+    }
+    fn encode(dtype: Dtype, values: &[Self], out: &mut [u8]) {
+        dtype::encode_f32(dtype, values, out).expect("float dtypes and matching lengths are checked when the plan is made");
+    }
+    fn first_nonfinite(values: &[Self]) -> Option<usize> {
+        dtype::first_nonfinite_f32(values)
+    }
+}
+
+impl Real for f64 {
+    #[inline(always)]
+    fn from_f64(value: f64) -> Self {
+        value
+    }
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        self
+    }
+    fn decode(dtype: Dtype, bytes: &[u8], out: &mut [Self]) {
+        dtype::decode_f64(dtype, bytes, out).expect("float dtypes and matching lengths are checked when the plan is made");
+    }
+    fn encode(dtype: Dtype, values: &[Self], out: &mut [u8]) {
+        dtype::encode_f64(dtype, values, out).expect("float dtypes and matching lengths are checked when the plan is made");
+    }
+    fn first_nonfinite(values: &[Self]) -> Option<usize> {
+        dtype::first_nonfinite_f64(values)
+    }
+}
+
+/// Cuts `0..len` into ranges of [`PANEL`]; the last may be shorter.
+pub fn panels(len: usize) -> impl DoubleEndedIterator<Item = std::ops::Range<usize>> + ExactSizeIterator + Clone {
+    (0..len.div_ceil(PANEL)).map(move |k| k * PANEL..((k + 1) * PANEL).min(len))
+}

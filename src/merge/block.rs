@@ -1,0 +1,481 @@
+//! Carries out a recipe on one tensor: tiles of elements, tiles of rows, or the whole block, as the plan says.
+//!
+//! Called by `stream` on a worker thread. The bytes that come out do not depend on the strategy's sizes.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::diagonal::{DiagonalOutcome, DiagonalSystem};
+use super::direct::{DirectMemory, DirectOutcome, GramDirect};
+use super::elementwise::Scratch;
+use super::iterative::{BlockContext, IterativeMemory, SharedFactors, SolveOutcome};
+use super::resolve::gram_key;
+use super::{MergeError, PIECE, Recipe, Solve, SolverChoice, Start, System, iterative, merge_elementwise, two_term};
+use crate::kernel::{Buffer, Real, Threading};
+use crate::solve::StopReason;
+use crate::solve::stop::DirectMethod;
+
+/// Elements of one output tile: 1 Mi, 2 to 8 MiB to write at a time.
+pub const TILE: usize = 1 << 20;
+
+/// How a block is cut to fit the memory bound.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Strategy {
+    /// Tiles of [`TILE`] elements; nothing is held.
+    Elements,
+    /// In the recipe's order, one entry a solve.
+    Stages(Vec<Stage>),
+}
+
+/// The memory of one solve.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Stage {
+    /// Elementwise closed form: rides along with the rows around it.
+    Diagonal,
+    /// A factored Gram.
+    Direct(DirectMemory),
+    /// Conjugate gradients on the whole block.
+    Iterative(IterativeMemory),
+    /// Two-model K-FAC on the whole block.
+    TwoTerm,
+}
+
+/// Is this solve an elementwise division?
+pub fn is_elementwise(solve: &Solve) -> bool {
+    solve.solver == SolverChoice::Direct && matches!(solve.system, System::Identity | System::FisherDiagonal)
+}
+
+/// Values of a tile as they were computed.
+pub enum Values<'a> {
+    /// From elementwise merges and CG.
+    F32(&'a [f32]),
+    /// From direct solves.
+    F64(&'a [f64]),
+}
+
+/// Takes tiles of the result: index of the first element, and the values. May be called from many threads.
+pub type Emit<'a> = dyn Fn(usize, Values<'_>) -> Result<(), MergeError> + Sync + 'a;
+
+/// State that the tensors of one unit share.
+#[derive(Default)]
+pub struct Shared {
+    factors: SharedFactors,
+    grams: HashMap<String, GramDirect>,
+}
+
+/// Merges one tensor. `wide` asks for f64 arithmetic in elementwise merges (f64 outputs). `share` keeps factored Grams in
+/// `shared` for the other tensors of the unit.
+///
+/// Gives one outcome a solve, innermost first.
+///
+/// # Errors
+/// Those of reading, solving and emitting.
+pub fn merge_block(
+    context: &BlockContext<'_>,
+    recipe: &Recipe,
+    strategy: &Strategy,
+    wide: bool,
+    share: bool,
+    shared: &mut Shared,
+    emit: &Emit<'_>,
+) -> Result<Vec<SolveOutcome>, MergeError> {
+    match strategy {
+        Strategy::Elements if recipe.solves.is_empty() && !wide => {
+            start_tiles::<f32>(context, &recipe.start, &|first, values| emit(first, Values::F32(values)))?;
+            Ok(Vec::new())
+        }
+        Strategy::Elements => closed_form_tiles(context, recipe, emit),
+        Strategy::Stages(stages) => {
+            let mut source = Source::Start(&recipe.start);
+            let mut outcomes = Vec::new();
+            let mut k = 0;
+            while k < stages.len() {
+                // Direct stages in a row pass tiles of rows on to each other.
+                let mut end = k;
+                while end < stages.len() && matches!(stages[end], Stage::Direct(_) | Stage::Diagonal) {
+                    end += 1;
+                }
+                if end == k {
+                    end = k + 1;
+                }
+                let last = end == stages.len();
+                let run = k..end;
+                let (next, mut found) = match stages[k] {
+                    Stage::Direct(_) | Stage::Diagonal => rows_run(
+                        context,
+                        &recipe.solves[run.clone()],
+                        &stages[run],
+                        &source,
+                        last.then_some(emit),
+                        share,
+                        shared,
+                    )?,
+                    Stage::Iterative(memory) => {
+                        let x0 = std::mem::replace(&mut source, Source::Start(&Start::Zero)).whole(context)?;
+                        let mut d = Buffer::<f32>::zeroed(x0.len());
+                        let solve = &recipe.solves[k];
+                        let outcome =
+                            iterative::solve_block(context, solve, memory, &x0, &mut d, &mut shared.factors)?;
+                        (finish_displacement(context, x0, &d, last.then_some(emit))?, vec![outcome])
+                    }
+                    Stage::TwoTerm => two_term_run(context, &recipe.solves[k], &source, last.then_some(emit))?,
+                };
+                outcomes.append(&mut found);
+                source = Source::Whole(next);
+                k = end;
+            }
+            Ok(outcomes)
+        }
+    }
+}
+
+/// The result of the stage before.
+enum Source<'a> {
+    Start(&'a Start),
+    Whole(Buffer<f32>),
+}
+
+impl Source<'_> {
+    /// All of it in f32, for a stage that needs the whole block.
+    fn whole(self, context: &BlockContext<'_>) -> Result<Buffer<f32>, MergeError> {
+        match self {
+            Source::Start(start) => {
+                let mut x = Buffer::<f32>::zeroed(context.shape.elements());
+                fill(context, start, 0, &mut x, |v: f64| v as f32)?;
+                Ok(x)
+            }
+            Source::Whole(values) => Ok(values),
+        }
+    }
+
+    /// Elements `first..` in f64.
+    fn read(&self, context: &BlockContext<'_>, first: usize, x: &mut [f64]) -> Result<(), MergeError> {
+        match self {
+            Source::Start(start) => fill(context, start, first, x, |v| v),
+            Source::Whole(values) => {
+                for (x, v) in x.iter_mut().zip(&values[first..]) {
+                    *x = f64::from(*v);
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A starting point in f64 arithmetic, converted.
+fn fill<T: Real>(
+    context: &BlockContext<'_>,
+    start: &Start,
+    first: usize,
+    out: &mut [T],
+    convert: impl Fn(f64) -> T + Sync,
+) -> Result<(), MergeError> {
+    let piece = |(k, out): (usize, &mut [T])| {
+        let mut values = [0.0f64; PIECE];
+        let values = &mut values[..out.len()];
+        let begin = first + k * PIECE;
+        let range = begin..begin + out.len();
+        merge_elementwise(context.inputs, start, context.tensor, range, values, &mut Scratch::default(), context.tally)?;
+        for (out, v) in out.iter_mut().zip(&*values) {
+            *out = convert(*v);
+        }
+        Ok(())
+    };
+    match context.threading {
+        Threading::Sequential => out.chunks_mut(PIECE).enumerate().try_for_each(piece),
+        Threading::Parallel => out.par_chunks_mut(PIECE).enumerate().try_for_each(piece),
+    }
+}
+
+fn tiles(len: usize, tile: usize) -> Vec<Range<usize>> {
+    (0..len).step_by(tile.max(1)).map(|k| k..(k + tile).min(len)).collect()
+}
+
+/// Runs `work` on every tile, side by side where the context allows.
+fn for_tiles<R: Send>(
+    context: &BlockContext<'_>,
+    tiles: Vec<Range<usize>>,
+    work: impl Fn(Range<usize>) -> Result<R, MergeError> + Sync + Send,
+) -> Result<Vec<R>, MergeError> {
+    let work = |range| {
+        if context.cancel.load(std::sync::atomic::Ordering::Relaxed) {
+            return Err(MergeError::Cancelled);
+        }
+        work(range)
+    };
+    match context.threading {
+        Threading::Sequential => tiles.into_iter().map(work).collect(),
+        Threading::Parallel => tiles.into_par_iter().map(work).collect(),
+    }
+}
+
+fn start_tiles<T: Real>(
+    context: &BlockContext<'_>,
+    start: &Start,
+    emit: &(dyn Fn(usize, &[T]) -> Result<(), MergeError> + Sync),
+) -> Result<(), MergeError> {
+    // A small tile keeps the values in cache until they are encoded; the writer joins what is adjacent.
+    const SUB: usize = 8 * PIECE;
+    for_tiles(context, tiles(context.shape.elements(), TILE), |range| {
+        let mut values = vec![T::default(); SUB.min(range.len())];
+        let mut scratch = Scratch::default();
+        for first in range.clone().step_by(SUB) {
+            let sub = first..(first + SUB).min(range.end);
+            let values = &mut values[..sub.len()];
+            merge_elementwise(context.inputs, start, context.tensor, sub, values, &mut scratch, context.tally)?;
+            emit(first, values)?;
+        }
+        Ok(())
+    })
+    .map(|_| ())
+}
+
+/// Start and elementwise solves, tile by tile in f64.
+fn closed_form_tiles(
+    context: &BlockContext<'_>,
+    recipe: &Recipe,
+    emit: &Emit<'_>,
+) -> Result<Vec<SolveOutcome>, MergeError> {
+    let elements = context.shape.elements();
+    let systems = recipe
+        .solves
+        .iter()
+        .map(|solve| elementwise_system(context, solve))
+        .collect::<Result<Vec<_>, _>>()?;
+    let parts = for_tiles(context, tiles(elements, 4 * PIECE), |range| {
+        let mut x = vec![0.0f64; range.len()];
+        let mut scratch = Scratch::default();
+        merge_elementwise(
+            context.inputs,
+            &recipe.start,
+            context.tensor,
+            range.clone(),
+            &mut x,
+            &mut scratch,
+            context.tally,
+        )?;
+        let found = systems
+            .iter()
+            .map(|(system, shift)| solve_elements(context, system, *shift, range.start, &mut x))
+            .collect::<Result<Vec<_>, _>>()?;
+        emit(range.start, Values::F64(&x))?;
+        Ok(found)
+    })?;
+    Ok((0..systems.len())
+        .map(|k| {
+            let pieces = parts.iter().flat_map(|tile: &Vec<Vec<DiagonalOutcome>>| tile[k].iter());
+            elementwise_outcome(pieces)
+        })
+        .collect())
+}
+
+fn elementwise_system(context: &BlockContext<'_>, solve: &Solve) -> Result<(DiagonalSystem, f64), MergeError> {
+    let system = DiagonalSystem::new(context.inputs, solve, context.tensor);
+    let shift = if solve.ridge > 0.0 {
+        solve.ridge * system.mean_diagonal(context.shape.elements(), context.tally)?
+    } else {
+        0.0
+    };
+    Ok((system, shift))
+}
+
+/// One outcome a piece, so that their sum does not depend on the tiles. `first` is a multiple of the piece.
+fn solve_elements(
+    context: &BlockContext<'_>,
+    system: &DiagonalSystem,
+    shift: f64,
+    first: usize,
+    x: &mut [f64],
+) -> Result<Vec<DiagonalOutcome>, MergeError> {
+    x.chunks_mut(PIECE)
+        .enumerate()
+        .map(|(k, x)| {
+            let begin = first + k * PIECE;
+            system.solve_piece(context.inputs, context.tensor, begin..begin + x.len(), shift, x, context.tally)
+        })
+        .collect()
+}
+
+fn elementwise_outcome<'p>(pieces: impl Iterator<Item = &'p DiagonalOutcome>) -> SolveOutcome {
+    let (mut initial, mut decrease) = (0.0, 0.0);
+    for piece in pieces {
+        initial += piece.objective_initial;
+        decrease += piece.decrease;
+    }
+    SolveOutcome {
+        stop: StopReason::Direct(DirectMethod::Diagonal),
+        iterations: None,
+        initial_relative_residual: None,
+        final_relative_residual: None,
+        objective_initial: initial,
+        objective_final: (initial - decrease).max(0.0),
+        flops: 0.0,
+    }
+}
+
+/// A run of direct stages: rows go through all of them tile by tile.
+fn rows_run(
+    context: &BlockContext<'_>,
+    solves: &[Solve],
+    stages: &[Stage],
+    source: &Source<'_>,
+    emit: Option<&Emit<'_>>,
+    share: bool,
+    shared: &mut Shared,
+) -> Result<(Buffer<f32>, Vec<SolveOutcome>), MergeError> {
+    enum Prepared {
+        Gram(GramDirect),
+        Shared(String),
+        Elements(DiagonalSystem, f64),
+    }
+    let (rows, columns) = (context.shape.out_features, context.shape.in_features);
+    let mut prepared = Vec::new();
+    let mut tile_rows = rows;
+    for (solve, stage) in solves.iter().zip(stages) {
+        match (stage, solve.system) {
+            (Stage::Direct(memory), System::Gram(kind)) => {
+                tile_rows = tile_rows.min(memory.tile_rows);
+                let make = || {
+                    GramDirect::prepare(
+                        context.inputs,
+                        solve,
+                        kind,
+                        context.tensor,
+                        rows,
+                        columns,
+                        *memory,
+                        context.threading,
+                        context.tally,
+                    )
+                };
+                // Only what several tensors really share is kept after this one.
+                match gram_key(context.inputs, context.tensor, solve).filter(|_| share) {
+                    Some(key) => {
+                        if !shared.grams.contains_key(&key) {
+                            shared.grams.insert(key.clone(), make()?);
+                        }
+                        prepared.push(Prepared::Shared(key));
+                    }
+                    None => prepared.push(Prepared::Gram(make()?)),
+                }
+            }
+            _ => {
+                let (system, shift) = elementwise_system(context, solve)?;
+                prepared.push(Prepared::Elements(system, shift));
+            }
+        }
+    }
+    let mut whole = Buffer::<f32>::zeroed(if emit.is_some() { 0 } else { rows * columns });
+    let mut grams: Vec<Vec<DirectOutcome>> = vec![Vec::new(); prepared.len()];
+    let mut elements: Vec<Vec<DiagonalOutcome>> = vec![Vec::new(); prepared.len()];
+    let mut x = Buffer::<f64>::zeroed(tile_rows.min(rows) * columns);
+    for tile in tiles(rows, tile_rows) {
+        if context.cancel.load(std::sync::atomic::Ordering::Relaxed) {
+            return Err(MergeError::Cancelled);
+        }
+        let first = tile.start * columns;
+        let x = &mut x[..tile.len() * columns];
+        source.read(context, first, x)?;
+        for (k, stage) in prepared.iter().enumerate() {
+            match stage {
+                Prepared::Gram(gram) => {
+                    grams[k].extend(gram.solve_rows(context.inputs, context.tensor, tile.start, x, context.tally)?);
+                }
+                Prepared::Shared(key) => {
+                    let gram = &shared.grams[key];
+                    grams[k].extend(gram.solve_rows(context.inputs, context.tensor, tile.start, x, context.tally)?);
+                }
+                Prepared::Elements(system, shift) => {
+                    elements[k].extend(solve_elements(context, system, *shift, first, x)?);
+                }
+            }
+        }
+        match emit {
+            Some(emit) => emit_all(context, first, x, emit)?,
+            None => {
+                for (out, v) in whole[first..].iter_mut().zip(&*x) {
+                    *out = *v as f32;
+                }
+            }
+        }
+    }
+    let outcomes = prepared
+        .iter()
+        .enumerate()
+        .map(|(k, stage)| match stage {
+            Prepared::Elements(..) => elementwise_outcome(elements[k].iter()),
+            Prepared::Gram(gram) => direct_outcome(gram, &grams[k]),
+            Prepared::Shared(key) => direct_outcome(&shared.grams[key], &grams[k]),
+        })
+        .collect();
+    Ok((whole, outcomes))
+}
+
+fn direct_outcome(gram: &GramDirect, parts: &[DirectOutcome]) -> SolveOutcome {
+    let (mut initial, mut decrease) = (0.0, 0.0);
+    for part in parts {
+        initial += part.objective_initial;
+        decrease += part.decrease;
+    }
+    let (residual, rhs) = parts.first().map_or((0.0, 0.0), |p| p.sampled_residual);
+    SolveOutcome {
+        stop: gram.stop_reason(),
+        iterations: None,
+        initial_relative_residual: None,
+        final_relative_residual: Some(if residual == 0.0 { 0.0 } else { (residual / rhs).sqrt() }),
+        objective_initial: initial,
+        objective_final: (initial - decrease).max(0.0),
+        flops: 0.0,
+    }
+}
+
+/// Emits long f64 results by tiles, side by side.
+fn emit_all(context: &BlockContext<'_>, first: usize, x: &[f64], emit: &Emit<'_>) -> Result<(), MergeError> {
+    for_tiles(context, tiles(x.len(), TILE / 4), |range| emit(first + range.start, Values::F64(&x[range]))).map(|_| ())
+}
+
+/// `x₀ + d`, rounded once: to the output, or to the next stage's start.
+fn finish_displacement(
+    context: &BlockContext<'_>,
+    mut x0: Buffer<f32>,
+    d: &[f32],
+    emit: Option<&Emit<'_>>,
+) -> Result<Buffer<f32>, MergeError> {
+    match emit {
+        None => {
+            crate::kernel::vector::axpy(1.0, d, &mut x0, context.threading);
+            Ok(x0)
+        }
+        Some(emit) => {
+            for_tiles(context, tiles(d.len(), 4 * PIECE), |range| {
+                let x: Vec<f64> =
+                    x0[range.clone()].iter().zip(&d[range.clone()]).map(|(x, d)| f64::from(*x) + f64::from(*d)).collect();
+                emit(range.start, Values::F64(&x))
+            })?;
+            Ok(Buffer::zeroed(0))
+        }
+    }
+}
+
+fn two_term_run(
+    context: &BlockContext<'_>,
+    solve: &Solve,
+    source: &Source<'_>,
+    emit: Option<&Emit<'_>>,
+) -> Result<(Buffer<f32>, Vec<SolveOutcome>), MergeError> {
+    let mut x = Buffer::<f64>::zeroed(context.shape.elements());
+    source.read(context, 0, &mut x)?;
+    let outcome = two_term::solve_block(context, solve, &mut x)?;
+    let mut whole = Buffer::<f32>::zeroed(if emit.is_some() { 0 } else { x.len() });
+    match emit {
+        Some(emit) => emit_all(context, 0, &x, emit)?,
+        None => {
+            for (out, v) in whole.iter_mut().zip(x.iter()) {
+                *out = *v as f32;
+            }
+        }
+    }
+    Ok((whole, vec![outcome]))
+}

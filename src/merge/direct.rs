@@ -1,0 +1,374 @@
+//! Direct solves of Gram systems: one f64 factorisation of `S = Σ wᵢAᵢ + μI`, then rows in tiles of any number.
+//!
+//! Rows of the weight do not couple, so a tile of rows needs the factor and itself: a tensor larger than memory is
+//! solved tile by tile. Solved for the displacement from the initial guess, so directions that no model weighs stay.
+
+use std::sync::Arc;
+
+use faer::prelude::ReborrowMut;
+use rayon::prelude::*;
+
+use super::terms::{FactorHandle, gram_factor};
+use super::{GramKind, Inputs, MergeError, PIECE, Solve, SourceId, Tally};
+use crate::kernel::{Buffer, PANEL, Real, Threading, gemm, mat, mat_mut, panels, vector};
+use crate::operator::{Factor, Panels, Symmetric, mirror};
+use crate::read::TensorMeta;
+use crate::solve::cholesky;
+use crate::solve::eigen::Eigen;
+use crate::solve::stop::{DirectMethod, StopReason};
+
+/// First ridge tried on a singular matrix, as a fraction of the mean diagonal, and the largest.
+///
+/// In a null direction the right-hand side is rounding noise of 1e-16; divided by 1e-8 it stays below 1e-8 of the rest.
+/// The bias of the ridge in the other directions is removed by [`REFINEMENTS`] steps of iterated Tikhonov.
+const RIDGES: [f64; 3] = [1e-8, 1e-7, 1e-6];
+/// Each multiplies the bias in a direction of eigenvalue λ by ε/(λ+ε).
+const REFINEMENTS: usize = 3;
+
+/// What the memory plan settled for one direct Gram solve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DirectMemory {
+    /// Rows of the weight solved at a time: a multiple of the panel, or all.
+    pub tile_rows: usize,
+    /// Keep the Grams of task vectors instead of forming them for each tile again.
+    pub keep_formed: bool,
+    /// Whether an eigendecomposition would fit, should Cholesky fail.
+    pub eigen: bool,
+}
+
+impl DirectMemory {
+    /// Bytes held for `[out, in]` with `terms` low-rank terms that are formed.
+    pub fn bytes(&self, rows: usize, columns: usize, formed_terms: usize) -> u64 {
+        let (n, t) = (columns as u64, self.tile_rows.min(rows) as u64);
+        let panel = PANEL.min(columns.max(rows)) as u64;
+        let square = n * n * 8;
+        let formed = if formed_terms == 0 {
+            0
+        } else if self.keep_formed {
+            formed_terms as u64 * square
+        } else {
+            square
+        };
+        // S; x, right-hand side, displacement and one more for refinement; a streamed panel and its product.
+        square + formed + 4 * t * n * 8 + panel * n * 8 + panel * panel.min(t) * 8
+            + if self.eigen { Eigen::SQUARES as u64 * square } else { 0 }
+    }
+}
+
+/// Is `FᵀF` formed (`in²` memory, `2·out·in²` flops to apply) or applied twice (`4·rank·out·in`)?
+pub fn forms_gram(rank: usize, columns: usize) -> bool {
+    columns < 2 * rank
+}
+
+/// A factored system, for every tensor that shares it.
+pub struct GramDirect {
+    side: usize,
+    terms: Vec<DirectTerm>,
+    prepared: Prepared,
+    /// Diagonal of `S` before any ridge; its strict upper triangle survives in the factor's buffer.
+    diagonal: Vec<f64>,
+    shift: f64,
+    memory: DirectMemory,
+    threading: Threading,
+}
+
+struct DirectTerm {
+    source: SourceId,
+    weight: f64,
+    handle: FactorHandle,
+    formed: Option<Factor<f64>>,
+    forms: bool,
+}
+
+enum Prepared {
+    /// All Grams are zero.
+    Zero,
+    Cholesky { s: Buffer<f64>, refinements: usize },
+    Eigen { s: Buffer<f64>, eigen: Eigen },
+}
+
+/// What one tile of rows tells, in the order of its panels of rows.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct DirectOutcome {
+    /// `Σ wᵢ‖θ₀-θᵢ‖²_Cᵢ`.
+    pub objective_initial: f64,
+    /// How far it (with the ridge) fell.
+    pub decrease: f64,
+    /// `‖r - (S+μ)δ‖²` and `‖r‖²` of the first panel of rows.
+    pub sampled_residual: (f64, f64),
+}
+
+impl GramDirect {
+    /// Forms and factors `S`.
+    ///
+    /// # Errors
+    /// Those of reading, and [`MergeError::Eigen`] where nothing factors the matrix.
+    #[allow(clippy::too_many_arguments, reason = "one call site; a struct would only rename the list")]
+    pub fn prepare(
+        inputs: &Arc<Inputs>,
+        solve: &Solve,
+        kind: GramKind,
+        tensor: &str,
+        rows: usize,
+        columns: usize,
+        memory: DirectMemory,
+        threading: Threading,
+        tally: &Tally,
+    ) -> Result<Self, MergeError> {
+        let mut terms = Vec::new();
+        for model in &solve.models {
+            let handle = gram_factor(inputs, model, tensor, kind, rows, columns, tally)?;
+            if handle.trace() > 0.0 {
+                let forms = handle.is_low_rank() && forms_gram(handle.shape().0, columns);
+                terms.push(DirectTerm { source: model.source, weight: model.weight, handle, formed: None, forms });
+            }
+        }
+        let trace: f64 = terms.iter().map(|t| t.weight * t.handle.trace()).sum();
+        let mean = trace / columns.max(1) as f64;
+        let mut direct = Self {
+            side: columns,
+            terms,
+            prepared: Prepared::Zero,
+            diagonal: Vec::new(),
+            shift: solve.ridge * mean,
+            memory,
+            threading,
+        };
+        if direct.terms.is_empty() {
+            return Ok(direct);
+        }
+        let mut s = Buffer::<f64>::zeroed(columns * columns);
+        let mut scratch = Buffer::<f64>::zeroed(PANEL.min(columns.max(rows)) * columns);
+        for k in 0..direct.terms.len() {
+            let weight = direct.terms[k].weight;
+            if direct.terms[k].forms {
+                let formed = direct.form(k, &mut scratch)?;
+                formed.add_to(&mut s, weight, &mut scratch, threading)?;
+                if memory.keep_formed {
+                    direct.terms[k].formed = Some(formed);
+                }
+            } else {
+                let factor = direct.terms[k].handle.load::<f64>(false, threading)?;
+                factor.add_to(&mut s, weight, &mut scratch, threading)?;
+            }
+        }
+        drop(scratch);
+        mirror(&mut s, columns);
+        direct.diagonal = (0..columns).map(|i| s[i * columns + i]).collect();
+        direct.factorise(s, mean, tensor)?;
+        Ok(direct)
+    }
+
+    /// `τᵀτ` (scaled) of one term, in memory.
+    fn form(&self, term: usize, scratch: &mut [f64]) -> Result<Factor<f64>, MergeError> {
+        let mut gram = Buffer::<f64>::zeroed(self.side * self.side);
+        let factor = self.terms[term].handle.load::<f64>(false, self.threading)?;
+        factor.add_to(&mut gram, 1.0, scratch, self.threading)?;
+        mirror(&mut gram, self.side);
+        let panels = Panels::from_buffer(self.side, self.side, Arc::new(gram));
+        Ok(Factor::Symmetric(Symmetric::new(panels)?))
+    }
+
+    fn factorise(&mut self, mut s: Buffer<f64>, mean: f64, tensor: &str) -> Result<(), MergeError> {
+        let side = self.side;
+        for (attempt, extra) in std::iter::once(0.0).chain(RIDGES).enumerate() {
+            if attempt > 0 {
+                restore(&mut s, side);
+            }
+            for (i, d) in self.diagonal.iter().enumerate() {
+                s[i * side + i] = d + self.shift + extra * mean;
+            }
+            if cholesky::factorise(&mut s, side, self.threading).is_ok() {
+                let refinements = if attempt == 0 { 0 } else { REFINEMENTS };
+                self.prepared = Prepared::Cholesky { s, refinements };
+                return Ok(());
+            }
+        }
+        restore(&mut s, side);
+        for (i, d) in self.diagonal.iter().enumerate() {
+            s[i * side + i] = d + self.shift;
+        }
+        if !self.memory.eigen {
+            return Err(MergeError::Unsupported {
+                what: format!("tensor `{}`: a Gram matrix that is not positive semidefinite", crate::read::escaped(tensor)),
+                hint: "give a larger --max-memory (an eigendecomposition would be tried) or set solver.ridge",
+            });
+        }
+        let eigen = Eigen::of(mat(&s, side, side))
+            .map_err(|source| MergeError::Eigen { tensor: tensor.to_owned(), source })?;
+        self.prepared = Prepared::Eigen { s, eigen };
+        Ok(())
+    }
+
+    /// How the system was factored.
+    pub fn stop_reason(&self) -> StopReason {
+        match &self.prepared {
+            Prepared::Zero => StopReason::ZeroOperator,
+            Prepared::Cholesky { refinements: 0, .. } => StopReason::Direct(DirectMethod::Cholesky),
+            Prepared::Cholesky { .. } => StopReason::Direct(DirectMethod::RidgedCholesky),
+            Prepared::Eigen { .. } => StopReason::Direct(DirectMethod::Eigen),
+        }
+    }
+
+    /// Replaces the initial guess in `x`, rows `first_row..` of the weight, by the solution. One outcome for each panel
+    /// of rows, so that sums over tiles do not depend on the tiles.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub fn solve_rows(
+        &self,
+        inputs: &Inputs,
+        tensor: &str,
+        first_row: usize,
+        x: &mut [f64],
+        tally: &Tally,
+    ) -> Result<Vec<DirectOutcome>, MergeError> {
+        let n = self.side;
+        let rows = x.len() / n.max(1);
+        let threading = self.threading;
+        let tiles: Vec<_> = panels(rows).collect();
+        let mut outcomes = vec![DirectOutcome::default(); tiles.len()];
+        if matches!(self.prepared, Prepared::Zero) {
+            return Ok(outcomes);
+        }
+        let mut rhs = Buffer::<f64>::zeroed(rows * n);
+        let mut delta = Buffer::<f64>::zeroed(rows * n);
+        let scratch_len = PANEL.min(n.max(self.longest_rank())) * n;
+        let mut scratch = Buffer::<f64>::zeroed(scratch_len + PANEL * PANEL.min(rows));
+        let mut extra = Buffer::<f64>::zeroed(rows * n);
+        for term in 0..self.terms.len() {
+            let DirectTerm { source, weight, ref formed, forms, .. } = self.terms[term];
+            let meta = inputs.tensor(source, tensor).expect("a recipe names a checkpoint only where it has the tensor");
+            let first = first_row * n;
+            read_difference(inputs, source, meta, first, x, &mut delta, threading, tally)?;
+            let made;
+            let factor = match formed {
+                Some(formed) => formed,
+                None if forms => {
+                    made = self.form(term, &mut scratch)?;
+                    &made
+                }
+                None => {
+                    made = self.terms[term].handle.load::<f64>(false, threading)?;
+                    &made
+                }
+            };
+            for (outcome, tile) in outcomes.iter_mut().zip(&tiles) {
+                let range = tile.start * n..tile.end * n;
+                let (delta, rhs) = (&delta[range.clone()], &mut rhs[range]);
+                let before = vector::dot(delta, rhs, threading);
+                let view = mat(delta, tile.len(), n);
+                let out = mat_mut(rhs, tile.len(), n);
+                factor.right_multiply(view, out, true, weight, &mut scratch, threading)?;
+                outcome.objective_initial += vector::dot(delta, rhs, threading) - before;
+            }
+        }
+        delta.copy_from_slice(&rhs);
+        self.divide(&mut delta, &mut extra);
+        if let Prepared::Cholesky { s, refinements } = &self.prepared {
+            for _ in 0..*refinements {
+                extra.copy_from_slice(&rhs);
+                self.subtract_product(s, &delta, &mut extra, &tiles, &mut scratch);
+                cholesky::solve_right(s, n, &mut extra, threading);
+                vector::axpy(1.0, &extra, &mut delta, threading);
+            }
+        }
+        if let (Some(outcome), Some(tile)) = (outcomes.first_mut(), tiles.first()) {
+            let s = match &self.prepared {
+                Prepared::Cholesky { s, .. } | Prepared::Eigen { s, .. } => s,
+                Prepared::Zero => unreachable!("returned above"),
+            };
+            let range = 0..tile.end * n;
+            let residual = &mut extra[range.clone()];
+            residual.copy_from_slice(&rhs[range.clone()]);
+            self.subtract_product(s, &delta[range.clone()], residual, &tiles[..1], &mut scratch);
+            outcome.sampled_residual =
+                (vector::dot(residual, residual, threading), vector::dot(&rhs[range.clone()], &rhs[range], threading));
+        }
+        for (outcome, tile) in outcomes.iter_mut().zip(&tiles) {
+            let range = tile.start * n..tile.end * n;
+            outcome.decrease = vector::dot(&delta[range.clone()], &rhs[range], threading);
+        }
+        vector::axpy(1.0, &delta, x, threading);
+        Ok(outcomes)
+    }
+
+    /// `R ← R·(S+μ)⁻¹`; `t` is scratch of its length.
+    fn divide(&self, r: &mut [f64], t: &mut [f64]) {
+        match &self.prepared {
+            Prepared::Zero => {}
+            Prepared::Cholesky { s, .. } => cholesky::solve_right(s, self.side, r, self.threading),
+            Prepared::Eigen { eigen, .. } => eigen.solve_right(r, t, self.threading),
+        }
+    }
+
+    /// `y ← y - x·(S+μ)`, with `S` from the strict upper triangle of `s` and the saved diagonal.
+    fn subtract_product(
+        &self,
+        s: &[f64],
+        x: &[f64],
+        y: &mut [f64],
+        tiles: &[std::ops::Range<usize>],
+        scratch: &mut [f64],
+    ) {
+        let n = self.side;
+        for k in panels(n) {
+            let panel = &mut scratch[..k.len() * n];
+            for (row, i) in panel.chunks_exact_mut(n).zip(k.clone()) {
+                for (j, v) in row[..i].iter_mut().enumerate() {
+                    *v = s[j * n + i];
+                }
+                row[i] = self.diagonal[i] + self.shift;
+                row[i + 1..].copy_from_slice(&s[i * n + i + 1..(i + 1) * n]);
+            }
+            let panel = mat(panel, k.len(), n);
+            for tile in tiles {
+                let range = tile.start * n..tile.end * n;
+                let left = mat(&x[range.clone()], tile.len(), n).get(.., k.start..k.end);
+                gemm(mat_mut(&mut y[range], tile.len(), n).rb_mut(), true, left, panel, -1.0, self.threading);
+            }
+        }
+    }
+
+    fn longest_rank(&self) -> usize {
+        self.terms.iter().map(|t| t.handle.shape().0).max().unwrap_or(0)
+    }
+}
+
+/// `delta ← θᵢ - x` for elements `first..` of a model's tensor, in f64.
+#[allow(clippy::too_many_arguments, reason = "where from, what, where to, and how")]
+pub(super) fn read_difference<T: Real>(
+    inputs: &Inputs,
+    source: SourceId,
+    meta: &TensorMeta,
+    first: usize,
+    x: &[T],
+    delta: &mut [T],
+    threading: Threading,
+    tally: &Tally,
+) -> Result<(), MergeError> {
+    let piece = |(k, (delta, x)): (usize, (&mut [T], &[T]))| {
+        let mut values = [0.0f64; PIECE];
+        let values = &mut values[..delta.len()];
+        let mut bytes = Vec::new();
+        let begin = first + k * PIECE;
+        inputs.read(source, meta, begin..begin + delta.len(), values, &mut bytes, tally)?;
+        for ((delta, v), x) in delta.iter_mut().zip(&*values).zip(x) {
+            *delta = T::from_f64(v - x.to_f64());
+        }
+        Ok(())
+    };
+    match threading {
+        Threading::Sequential => delta.chunks_mut(PIECE).zip(x.chunks(PIECE)).enumerate().try_for_each(piece),
+        Threading::Parallel => delta.par_chunks_mut(PIECE).zip(x.par_chunks(PIECE)).enumerate().try_for_each(piece),
+    }
+}
+
+/// Copies the upper triangle, which a factorisation leaves alone, over the lower one.
+fn restore(s: &mut [f64], side: usize) {
+    for i in 1..side {
+        for j in 0..i {
+            s[i * side + j] = s[j * side + i];
+        }
+    }
+}

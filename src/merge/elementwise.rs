@@ -1,0 +1,86 @@
+//! Starting points and averages: one pass over the models, piece by piece, nothing held.
+
+use std::ops::Range;
+
+use super::{Inputs, MergeError, SourceId, Start, Tally};
+use crate::kernel::Real;
+
+/// Elements worked on at a time: a few vectors of them stay in the second-level cache.
+pub const PIECE: usize = 1 << 14;
+
+/// Scratch of one worker for elementwise work.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    bytes: Vec<u8>,
+}
+
+/// Fills `out` with elements `range` of `start`, all arithmetic in `T`: f32 for merges that are elementwise to the end
+/// (as mergekit 0.1.5's linear), f64 for the starting point of a solve.
+///
+/// # Errors
+/// Those of reading the models.
+pub fn merge_elementwise<T: Real>(
+    inputs: &Inputs,
+    start: &Start,
+    name: &str,
+    range: Range<usize>,
+    out: &mut [T],
+    scratch: &mut Scratch,
+    tally: &Tally,
+) -> Result<(), MergeError> {
+    let mut buffers = [[T::default(); PIECE], [T::default(); PIECE]];
+    for begin in range.clone().step_by(PIECE) {
+        let elements = begin..(begin + PIECE).min(range.end);
+        let out = &mut out[begin - range.start..elements.end - range.start];
+        let [x, base_values] = &mut buffers;
+        let (x, base_values) = (&mut x[..out.len()], &mut base_values[..out.len()]);
+        let mut read = |source: SourceId, out: &mut [T]| {
+            let meta = inputs.tensor(source, name).expect("a recipe names a checkpoint only where it has the tensor");
+            inputs.read(source, meta, elements.clone(), out, &mut scratch.bytes, tally)
+        };
+        match start {
+            Start::Zero => out.fill(T::default()),
+            Start::Copy(source) => read(*source, out)?,
+            Start::Mean { terms, divisor } => {
+                for (k, (source, weight)) in terms.iter().enumerate() {
+                    let weight = T::from_f64(*weight);
+                    if k == 0 {
+                        read(*source, out)?;
+                        if weight != T::from_f64(1.0) {
+                            for v in &mut *out {
+                                *v = weight * *v;
+                            }
+                        }
+                    } else {
+                        read(*source, x)?;
+                        for (v, x) in out.iter_mut().zip(&*x) {
+                            *v = *v + weight * *x;
+                        }
+                    }
+                }
+                if *divisor != 1.0 {
+                    let divisor = T::from_f64(*divisor);
+                    for v in &mut *out {
+                        *v = *v / divisor;
+                    }
+                }
+            }
+            Start::TaskVectors { base, terms, scale } => {
+                read(*base, base_values)?;
+                out.fill(T::default());
+                for (source, weight) in terms {
+                    let weight = T::from_f64(*weight);
+                    read(*source, x)?;
+                    for ((v, x), b) in out.iter_mut().zip(&*x).zip(&*base_values) {
+                        *v = *v + weight * (*x - *b);
+                    }
+                }
+                let scale = T::from_f64(*scale);
+                for (v, b) in out.iter_mut().zip(&*base_values) {
+                    *v = *b + scale * *v;
+                }
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,170 @@
+//! The opened checkpoints and statistics of a run, and reading a tensor's values from them.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::MergeError;
+use crate::kernel::Real;
+use crate::operator::{OperatorError, RowSource};
+use crate::read::{Checkpoint, TensorMeta};
+use crate::statistics::ModelStatistics;
+
+/// Index into [`Inputs::checkpoints`].
+pub type SourceId = usize;
+
+/// Bytes read on behalf of one parameter.
+#[derive(Debug, Clone, Default)]
+pub struct Tally(Arc<AtomicU64>);
+
+impl Tally {
+    /// Counts `bytes` more.
+    pub fn add(&self, bytes: u64) {
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+    }
+    /// So far.
+    pub fn total(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// One of the config's `models`.
+pub struct ModelInput {
+    /// Which checkpoint it is.
+    pub source: SourceId,
+    /// As written in the config.
+    pub written: String,
+    /// Its statistics, if it names any.
+    pub statistics: Option<Arc<ModelStatistics>>,
+}
+
+/// Everything a merge reads. A checkpoint that is named twice is opened once.
+pub struct Inputs {
+    /// Distinct checkpoints.
+    pub checkpoints: Vec<Arc<Checkpoint>>,
+    /// As written in the config, for messages; one a checkpoint.
+    pub names: Vec<String>,
+    /// In the config's order.
+    pub models: Vec<ModelInput>,
+    /// `base_model`.
+    pub base: Option<SourceId>,
+    /// Checkpoints named by `initial`, by path as resolved.
+    pub initials: HashMap<std::path::PathBuf, SourceId>,
+    /// Tensors that a checkpoint stores under another name: (source, name) to stored name (`--untie`).
+    pub tied: HashMap<(SourceId, String), String>,
+    /// Whether values that are not finite are an error.
+    pub refuse_nonfinite: bool,
+}
+
+impl Inputs {
+    /// The checkpoint that gives names, order and dtypes: the base, else the first model.
+    pub fn reference(&self) -> SourceId {
+        self.base.unwrap_or(self.models[0].source)
+    }
+
+    /// A tensor's place in a checkpoint.
+    pub fn tensor(&self, source: SourceId, name: &str) -> Option<&TensorMeta> {
+        let checkpoint = &self.checkpoints[source];
+        checkpoint.get(name).or_else(|| {
+            if self.tied.is_empty() {
+                return None;
+            }
+            self.tied.get(&(source, name.to_owned())).and_then(|stored| checkpoint.get(stored))
+        })
+    }
+
+    /// Decodes elements of a float tensor, flat and row-major.
+    ///
+    /// # Errors
+    /// [`MergeError::Read`], or [`MergeError::NonFinite`] where that is asked for.
+    pub fn read<T: Real>(
+        &self,
+        source: SourceId,
+        meta: &TensorMeta,
+        elements: Range<usize>,
+        out: &mut [T],
+        scratch: &mut Vec<u8>,
+        tally: &Tally,
+    ) -> Result<(), MergeError> {
+        let width = meta.dtype.float_bytes().unwrap_or(0);
+        let range = (elements.start * width) as u64..(elements.end * width) as u64;
+        tally.add(range.end - range.start);
+        T::decode(meta.dtype, self.checkpoints[source].read(meta, range, scratch)?, out);
+        if self.refuse_nonfinite {
+            self.check_finite(source, meta, elements.start, out)?;
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// [`MergeError::NonFinite`] naming the first value that is not finite.
+    pub fn check_finite<T: Real>(
+        &self,
+        source: SourceId,
+        meta: &TensorMeta,
+        first: usize,
+        values: &[T],
+    ) -> Result<(), MergeError> {
+        match T::first_nonfinite(values) {
+            None => Ok(()),
+            Some(k) => Err(MergeError::NonFinite {
+                model: self.names[source].clone(),
+                tensor: meta.name.clone(),
+                index: (first + k) as u64,
+                value: values[k].to_f64(),
+            }),
+        }
+    }
+}
+
+/// Task vector `τ = θᵢ - θ₀` of a 2-D weight as rows: the factor of the data-free Gram `τᵀτ`.
+pub(super) struct TaskVectorRows {
+    pub inputs: Arc<Inputs>,
+    pub model: SourceId,
+    pub base: SourceId,
+    pub name: String,
+    pub rows: usize,
+    pub columns: usize,
+    pub tally: Tally,
+}
+
+impl TaskVectorRows {
+    fn read<T: Real>(&self, rows: Range<usize>, out: &mut [T]) -> Result<(), MergeError> {
+        let elements = rows.start * self.columns..rows.end * self.columns;
+        let mut scratch = Vec::new();
+        let mut piece = vec![0.0f64; 2 * super::PIECE.min(elements.len())];
+        let (x, y) = piece.split_at_mut(super::PIECE.min(elements.len()));
+        let find = |source| {
+            self.inputs.tensor(source, &self.name).ok_or_else(|| MergeError::Missing {
+                model: self.inputs.names[source].clone(),
+                tensor: self.name.clone(),
+                got: "none".to_owned(),
+                expected: vec![self.rows, self.columns],
+            })
+        };
+        let (model, base) = (find(self.model)?, find(self.base)?);
+        for start in (0..elements.len()).step_by(super::PIECE) {
+            let len = super::PIECE.min(elements.len() - start);
+            let range = elements.start + start..elements.start + start + len;
+            self.inputs.read(self.model, model, range.clone(), &mut x[..len], &mut scratch, &self.tally)?;
+            self.inputs.read(self.base, base, range, &mut y[..len], &mut scratch, &self.tally)?;
+            for ((out, x), y) in out[start..start + len].iter_mut().zip(&*x).zip(&*y) {
+                *out = T::from_f64(x - y);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl RowSource for TaskVectorRows {
+    fn shape(&self) -> (usize, usize) {
+        (self.rows, self.columns)
+    }
+    fn read_f32(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), OperatorError> {
+        self.read(rows, out).map_err(|e| OperatorError::Source(Box::new(e)))
+    }
+    fn read_f64(&self, rows: Range<usize>, out: &mut [f64]) -> Result<(), OperatorError> {
+        self.read(rows, out).map_err(|e| OperatorError::Source(Box::new(e)))
+    }
+}

@@ -1,0 +1,398 @@
+//! Conjugate gradients on a whole block: builds the operator the memory plan asks for, the right-hand side, and checks
+//! the result against the models themselves.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::diagonal::DiagonalSystem;
+use super::direct::read_difference;
+use super::terms::{FactorHandle, gram_factor, output_factor};
+use super::{GramKind, Inputs, MergeError, Solve, SolveModel, SolverChoice, System, Tally};
+use crate::config::PreconditionerKind;
+use crate::kernel::{Buffer, Threading, vector};
+use crate::operator::{
+    BlockShape, Damped, Diagonal, Factor, GramSum, GramTerm, KroneckerSum, KroneckerTerm, LinearOperator, OperatorSum,
+    Workspace,
+};
+use crate::precond::{Jacobi, NoPreconditioner, Preconditioner};
+use crate::solve::{
+    Any, Cancelled, CgVectors, IterationRecord, MaxIterations, ObjectiveDecrease, RelativeResidual, SolveStart,
+    StopReason, conjugate_gradients,
+};
+
+/// What the memory plan settled for one iterative solve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct IterativeMemory {
+    /// Keep the input factors widened to f32.
+    pub hold_a: bool,
+    /// Keep the output factors widened to f32.
+    pub hold_g: bool,
+}
+
+/// Input factors that several tensors of a unit share, by model, key and off-diagonal scaling.
+pub type SharedFactors = HashMap<(usize, String, u64), Factor<f32>>;
+
+/// What the report says of one solve.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SolveOutcome {
+    /// Why it ended.
+    pub stop: StopReason,
+    /// CG steps, where there are any.
+    pub iterations: Option<usize>,
+    /// `‖b - A·θ₀‖ / ‖b‖`.
+    pub initial_relative_residual: Option<f64>,
+    /// `‖b - A·θ‖ / ‖b‖`, recomputed from θ.
+    pub final_relative_residual: Option<f64>,
+    /// `Σ wᵢ‖θ₀-θᵢ‖²_Cᵢ`.
+    pub objective_initial: f64,
+    /// The same at θ, plus `μ‖θ-θ₀‖²`.
+    pub objective_final: f64,
+    /// Flops spent in operators.
+    pub flops: f64,
+}
+
+/// One block's data and surroundings.
+pub struct BlockContext<'a> {
+    /// Where values come from.
+    pub inputs: &'a Arc<Inputs>,
+    /// Parameter name.
+    pub tensor: &'a str,
+    /// Its shape as a matrix.
+    pub shape: BlockShape,
+    /// One thread, or all of the pool.
+    pub threading: Threading,
+    /// Counts bytes.
+    pub tally: &'a Tally,
+    /// Raised to stop the run.
+    pub cancel: &'a std::sync::atomic::AtomicBool,
+    /// Sees every iteration.
+    pub observe: &'a (dyn Fn(&IterationRecord) + Sync),
+}
+
+/// Solves for the displacement `d` from `x0`, both `[out, in]`.
+///
+/// # Errors
+/// Those of reading; a breakdown is an outcome.
+pub fn solve_block(
+    context: &BlockContext<'_>,
+    solve: &Solve,
+    memory: IterativeMemory,
+    x0: &[f32],
+    d: &mut [f32],
+    shared: &mut SharedFactors,
+) -> Result<SolveOutcome, MergeError> {
+    match solve.system {
+        System::Identity | System::FisherDiagonal => solve_diagonal(context, solve, x0, d),
+        System::Gram(kind) => solve_gram(context, solve, kind, x0, d),
+        System::Kfac => solve_kfac(context, solve, memory, x0, d, shared),
+    }
+}
+
+/// A power of two near `1/mean`: gradient Grams of 1e-12 and smaller stay inside f32, and scaling is exact.
+pub(super) fn power_of_two_scale(mean: f64) -> f64 {
+    if mean > 0.0 && mean.is_finite() { (-mean.log2().round()).clamp(-1000.0, 1000.0).exp2() } else { 1.0 }
+}
+
+fn zero_operator() -> SolveOutcome {
+    SolveOutcome {
+        stop: StopReason::ZeroOperator,
+        iterations: Some(0),
+        initial_relative_residual: Some(0.0),
+        final_relative_residual: Some(0.0),
+        objective_initial: 0.0,
+        objective_final: 0.0,
+        flops: 0.0,
+    }
+}
+
+fn solve_kfac(
+    context: &BlockContext<'_>,
+    solve: &Solve,
+    memory: IterativeMemory,
+    x0: &[f32],
+    d: &mut [f32],
+    shared: &mut SharedFactors,
+) -> Result<SolveOutcome, MergeError> {
+    let BlockContext { inputs, tensor, shape, threading, .. } = *context;
+    let handles = kfac_handles(context, solve)?;
+    let mean = mean_diagonal(shape, &handles);
+    if mean == 0.0 {
+        d.fill(0.0);
+        return Ok(zero_operator());
+    }
+    let scale = power_of_two_scale(mean);
+    let needs_diagonals = matches!(
+        solve.solver,
+        SolverChoice::Iterative { preconditioner: Some(PreconditionerKind::Jacobi), .. }
+    );
+    let mut models = Vec::new();
+    let mut terms = Vec::new();
+    for (model, a, g) in handles {
+        if a.trace() * g.trace() == 0.0 {
+            continue;
+        }
+        let diagonals = needs_diagonals.then(|| (a.diagonal(), g.diagonal()));
+        let key = super::terms::shared_key(inputs, &model, tensor);
+        let a = match shared.get(&key) {
+            Some(factor) => factor.clone(),
+            None => {
+                let factor = a.load(memory.hold_a, threading)?;
+                if memory.hold_a {
+                    shared.insert(key, factor.clone());
+                }
+                factor
+            }
+        };
+        let g = g.load(memory.hold_g, threading)?;
+        terms.push(KroneckerTerm { weight: model.weight * scale, a, g, diagonals });
+        models.push(model);
+    }
+    let operator = KroneckerSum::new(shape, terms)?;
+    let shift = solve.ridge * mean * scale;
+    iterate(context, solve, &operator, &models, shift, scale, x0, d)
+}
+
+/// Factors of every model, scanned.
+pub(super) fn kfac_handles(
+    context: &BlockContext<'_>,
+    solve: &Solve,
+) -> Result<Vec<(SolveModel, FactorHandle, FactorHandle)>, MergeError> {
+    let BlockContext { inputs, tensor, shape, tally, .. } = *context;
+    let (m, n) = (shape.out_features, shape.in_features);
+    solve
+        .models
+        .iter()
+        .map(|model| {
+            let a = gram_factor(inputs, model, tensor, GramKind::Input, m, n, tally)?;
+            let g = output_factor(inputs, model, tensor, tally)?;
+            Ok((model.clone(), a, g))
+        })
+        .collect()
+}
+
+/// Mean of the diagonal of `Σ wᵢ Gᵢ⊗Aᵢ`.
+pub(super) fn mean_diagonal(shape: BlockShape, handles: &[(SolveModel, FactorHandle, FactorHandle)]) -> f64 {
+    handles.iter().map(|(model, a, g)| model.weight * a.trace() * g.trace()).sum::<f64>()
+        / shape.elements().max(1) as f64
+}
+
+fn solve_gram(
+    context: &BlockContext<'_>,
+    solve: &Solve,
+    kind: GramKind,
+    x0: &[f32],
+    d: &mut [f32],
+) -> Result<SolveOutcome, MergeError> {
+    let BlockContext { inputs, tensor, shape, threading, tally, .. } = *context;
+    let (m, n) = (shape.out_features, shape.in_features);
+    let mut handles = Vec::new();
+    for model in &solve.models {
+        handles.push((model.clone(), gram_factor(inputs, model, tensor, kind, m, n, tally)?));
+    }
+    let mean = handles.iter().map(|(model, a)| model.weight * a.trace()).sum::<f64>() / n.max(1) as f64;
+    if mean == 0.0 {
+        d.fill(0.0);
+        return Ok(zero_operator());
+    }
+    let scale = power_of_two_scale(mean);
+    let mut models = Vec::new();
+    let mut terms = Vec::new();
+    for (model, a) in handles.into_iter().filter(|(_, a)| a.trace() > 0.0) {
+        let diagonal = Some(a.diagonal());
+        terms.push(GramTerm { weight: model.weight * scale, a: a.load(false, threading)?, diagonal });
+        models.push(model);
+    }
+    let SolverChoice::Iterative { max_iterations, .. } = solve.solver else {
+        unreachable!("direct systems are solved elsewhere")
+    };
+    let forms = forms_sum(shape, terms.iter().map(|t| &t.a), max_iterations);
+    let mut operator = GramSum::new(shape, terms)?;
+    if forms {
+        let mut workspace = Workspace::new(operator.scratch_elements(), threading);
+        operator.form(&mut workspace)?;
+    }
+    let shift = solve.ridge * mean * scale;
+    iterate(context, solve, &operator, &models, shift, scale, x0, d)
+}
+
+/// Whether one `S` for all iterations costs less than applying each term, forming included.
+fn forms_sum<'f>(
+    shape: BlockShape,
+    factors: impl Iterator<Item = &'f Factor<f32>>,
+    iterations: usize,
+) -> bool {
+    let (m, n, k) = (shape.out_features as f64, shape.in_features as f64, iterations as f64 + 1.0);
+    let (mut by_terms, mut forming) = (0.0, 0.0);
+    for factor in factors {
+        by_terms += k * factor.flops(shape.out_features);
+        // A symmetric product costs half; a stored Gram only an addition.
+        forming += factor.flops(1) / (4.0 * n) * 0.5 * 2.0 * n * n;
+        if matches!(factor, Factor::Symmetric(_)) {
+            forming = 0.0;
+        }
+    }
+    forming + k * 2.0 * m * n * n <= by_terms
+}
+
+fn solve_diagonal(
+    context: &BlockContext<'_>,
+    solve: &Solve,
+    x0: &[f32],
+    d: &mut [f32],
+) -> Result<SolveOutcome, MergeError> {
+    let BlockContext { inputs, tensor, shape, threading, tally, .. } = *context;
+    let system = DiagonalSystem::new(inputs, solve, tensor);
+    let mean = system.mean_diagonal(shape.elements(), tally)?;
+    if mean == 0.0 {
+        d.fill(0.0);
+        return Ok(zero_operator());
+    }
+    let scale = power_of_two_scale(mean);
+    let mut r = Buffer::<f32>::zeroed(shape.elements());
+    let mut diagonal = Buffer::<f32>::zeroed(shape.elements());
+    let (objective, rhs_squared) = system.residual(inputs, tensor, scale, x0, &mut r, &mut diagonal, tally)?;
+    let operator = Diagonal::new(shape, vec![diagonal])?;
+    let shift = solve.ridge * mean * scale;
+    let start = Start {
+        objective_initial: objective,
+        rhs_norm: rhs_squared.sqrt() * scale,
+        scale,
+        shift,
+        flops: 0.0,
+    };
+    let mut workspace = Workspace::new(0, threading);
+    let (outcome, q) = run(context, solve, &operator, &start, &mut r, d, &mut workspace)?;
+    // The true residual costs one more pass over the models.
+    let x: Vec<f32> = x0.iter().zip(&*d).map(|(x, d)| x + d).collect();
+    let mut discard = q;
+    let (objective, _) = system.residual(inputs, tensor, scale, &x, &mut r, &mut discard, tally)?;
+    Ok(finish(outcome, &start, objective, &mut r, d, threading))
+}
+
+/// What the right-hand side tells.
+struct Start {
+    objective_initial: f64,
+    /// Scaled, as the operator.
+    rhs_norm: f64,
+    scale: f64,
+    shift: f64,
+    flops: f64,
+}
+
+#[allow(clippy::too_many_arguments, reason = "the pieces of one linear system")]
+fn iterate(
+    context: &BlockContext<'_>,
+    solve: &Solve,
+    operator: &dyn OperatorSum<f32>,
+    models: &[SolveModel],
+    shift: f64,
+    scale: f64,
+    x0: &[f32],
+    d: &mut [f32],
+) -> Result<SolveOutcome, MergeError> {
+    let BlockContext { inputs, tensor, shape, threading, tally, .. } = *context;
+    let mut workspace = Workspace::new(operator.scratch_elements(), threading);
+    let mut r = Buffer::<f32>::zeroed(shape.elements());
+    let mut p = Buffer::<f32>::zeroed(shape.elements());
+    let mut q = Buffer::<f32>::zeroed(shape.elements());
+    // Residual and objective at `x`: one application of the operator, term by term.
+    let residual = |x: &[f32], r: &mut [f32], p: &mut [f32], workspace: &mut Workspace<f32>| {
+        let mut objective = 0.0;
+        r.fill(0.0);
+        for (term, model) in models.iter().enumerate() {
+            let meta =
+                inputs.tensor(model.source, tensor).expect("a recipe names a checkpoint only where it has the tensor");
+            read_difference(inputs, model.source, meta, 0, x, p, threading, tally)?;
+            let before = vector::dot(p, r, threading);
+            operator.accumulate_term(term, p, r, workspace)?;
+            objective += vector::dot(p, r, threading) - before;
+        }
+        Ok::<f64, MergeError>(objective / scale)
+    };
+    let objective_initial = residual(x0, &mut r, &mut p, &mut workspace)?;
+    operator.apply(x0, &mut q, &mut workspace)?;
+    let rhs_norm = vector::squared_norm_of_sum(&r, &q, threading).sqrt();
+    drop((p, q));
+    let start = Start { objective_initial, rhs_norm, scale, shift, flops: 3.0 * operator.flops() };
+    let (outcome, mut p) = run(context, solve, operator, &start, &mut r, d, &mut workspace)?;
+    let mut x = Buffer::<f32>::zeroed(shape.elements());
+    x.copy_from_slice(x0);
+    vector::axpy(1.0, d, &mut x, threading);
+    let objective = residual(&x, &mut r, &mut p, &mut workspace)?;
+    Ok(finish(outcome, &start, objective, &mut r, d, threading))
+}
+
+/// The CG loop itself; gives back a vector for reuse.
+fn run(
+    context: &BlockContext<'_>,
+    solve: &Solve,
+    operator: &(impl LinearOperator<f32> + ?Sized),
+    start: &Start,
+    r: &mut [f32],
+    d: &mut [f32],
+    workspace: &mut Workspace<f32>,
+) -> Result<(SolveOutcome, Buffer<f32>), MergeError> {
+    let SolverChoice::Iterative { preconditioner, max_iterations, tolerance, by_objective } = solve.solver else {
+        unreachable!("direct systems are solved elsewhere")
+    };
+    let threading = context.threading;
+    let damped = Damped::new(operator, start.shift);
+    let preconditioner: Box<dyn Preconditioner<f32>> = match preconditioner {
+        Some(PreconditionerKind::Jacobi) => Box::new(Jacobi::new(&damped)?),
+        _ => Box::new(NoPreconditioner),
+    };
+    let mut p = Buffer::<f32>::zeroed(r.len());
+    let mut q = Buffer::<f32>::zeroed(r.len());
+    let mut z = Buffer::<f32>::zeroed(if preconditioner.is_identity() { 0 } else { r.len() });
+    let residual_norm = vector::dot(r, r, threading).sqrt();
+    let solve_start = SolveStart { rhs_norm: start.rhs_norm, residual_norm, unknowns: r.len() };
+    let mut rule = Any(vec![Box::new(Cancelled(context.cancel))]);
+    if by_objective {
+        rule.0.push(Box::new(ObjectiveDecrease(tolerance)));
+    } else {
+        rule.0.push(Box::new(RelativeResidual(tolerance)));
+    }
+    rule.0.push(Box::new(MaxIterations(max_iterations)));
+    let vectors = CgVectors { d, r, p: &mut p, q: &mut q, z: &mut z };
+    let outcome = conjugate_gradients(
+        &damped,
+        preconditioner.as_ref(),
+        vectors,
+        &solve_start,
+        &mut rule,
+        workspace,
+        &mut |step| (context.observe)(step),
+    )?;
+    if outcome.stop == StopReason::Cancelled {
+        return Err(MergeError::Cancelled);
+    }
+    let relative = |norm: f64| if norm == 0.0 { 0.0 } else { norm / start.rhs_norm };
+    Ok((
+        SolveOutcome {
+            stop: outcome.stop,
+            iterations: Some(outcome.iterations),
+            initial_relative_residual: Some(relative(residual_norm)),
+            final_relative_residual: Some(outcome.relative_residual),
+            objective_initial: start.objective_initial,
+            objective_final: start.objective_initial - outcome.total_decrease / start.scale,
+            flops: start.flops + damped.flops() * outcome.iterations as f64,
+        },
+        p,
+    ))
+}
+
+/// Puts the true residual and objective in the place of the recurrence's. `r` holds `Σ Cᵢ(θᵢ-x)`.
+fn finish(
+    mut outcome: SolveOutcome,
+    start: &Start,
+    objective: f64,
+    r: &mut [f32],
+    d: &[f32],
+    threading: Threading,
+) -> SolveOutcome {
+    vector::axpy(-start.shift, d, r, threading);
+    let norm = vector::dot(r, r, threading).sqrt();
+    outcome.final_relative_residual = Some(if norm == 0.0 { 0.0 } else { norm / start.rhs_norm });
+    outcome.objective_final = objective + start.shift / start.scale * vector::dot(d, d, threading);
+    outcome
+}

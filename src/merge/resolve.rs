@@ -1,0 +1,499 @@
+//! From a config's rounds to the recipe of one tensor: presets, defaults, what its statistics allow.
+
+use super::{GramKind, Inputs, MergeError, Recipe, Solve, SolveModel, SolverChoice, SourceId, Start, System};
+use crate::config::{
+    DeltaScale, Initial, MergeConfig, Method, PreconditionerKind, Round, SolverMethod, Subspace, TASK_VECTOR_RIDGE,
+    Unmatched,
+};
+use crate::read::{Checkpoint, TensorMeta};
+use crate::statistics::{Form, Kind};
+
+/// The paper's floor under each model's diagonal Fisher in the closed form.
+const FISHER_FLOOR: f64 = 1e-8;
+/// Iterations and relative tolerance of plain CG where the config names none: the paper's.
+const CG_DEFAULTS: (usize, f64) = (100, 1e-5);
+/// Iterations and relative objective decrease of preconditioned CG where the config names none.
+const PCG_DEFAULTS: (usize, f64) = (20, 1e-3);
+/// Ridge that `auto` folds into the exact two-model K-FAC solve: that of `pcg`, which it stands for.
+const TWO_MODEL_RIDGE: f64 = crate::config::PCG_RIDGE;
+
+/// Where a tensor's layer lies between the first (0) and the last (1), for per-layer gradients.
+#[derive(Debug, Clone, Default)]
+pub struct LayerPosition {
+    layers: usize,
+}
+
+impl LayerPosition {
+    /// Counts layers: from config.json where it says so, else from the numbers in the tensors' names.
+    pub fn of(checkpoint: &Checkpoint) -> Self {
+        const KEYS: [&str; 5] = ["num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_layer"];
+        let stated = checkpoint.config().and_then(|config| {
+            let own = |config: &serde_json::Value| KEYS.iter().find_map(|k| config.get(k)?.as_u64());
+            own(config).or_else(|| config.get("text_config").and_then(own))
+        });
+        let named = || checkpoint.tensors().iter().filter_map(|t| layer_index(&t.name)).max().map_or(0, |k| k + 1);
+        Self { layers: stated.map_or_else(named, |n| n as usize) }
+    }
+
+    /// 0 for tensors outside the layers, 1 where there is one layer, as mergekit.
+    pub fn of_tensor(&self, name: &str) -> f64 {
+        match layer_index(name) {
+            None => 0.0,
+            Some(_) if self.layers <= 1 => 1.0,
+            Some(k) => (k as f64 / (self.layers - 1) as f64).min(1.0),
+        }
+    }
+}
+
+/// The first part of a dotted name that is a number.
+fn layer_index(name: &str) -> Option<usize> {
+    name.split('.').find_map(|part| if part.len() <= 6 { part.parse().ok() } else { None })
+}
+
+/// A recipe and what a user should know about it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Resolution {
+    /// What will be done.
+    pub recipe: Recipe,
+    /// Why the config's method does not apply, where it does not.
+    pub unmatched: Option<String>,
+}
+
+/// Decides what is done to the float tensor `name`, which every model has in the reference's shape.
+///
+/// # Errors
+/// [`MergeError`] where weights divide by zero, `unmatched: error` hits, or a solver does not fit.
+pub fn resolve(
+    config: &MergeConfig,
+    inputs: &Inputs,
+    meta: &TensorMeta,
+    layers: &LayerPosition,
+) -> Result<Resolution, MergeError> {
+    let t = layers.of_tensor(&meta.name);
+    let mut resolver = Resolver { inputs, meta, t, unmatched: None };
+    let mut recipe = resolver.round(&config.round)?;
+    recipe.method = config.round.method.name();
+    if resolver.unmatched.is_some() {
+        recipe.method = match config.round.unmatched {
+            Unmatched::Average | Unmatched::Error => "average",
+            Unmatched::Base => "base",
+        };
+    }
+    Ok(Resolution { recipe, unmatched: resolver.unmatched })
+}
+
+struct Resolver<'a> {
+    inputs: &'a Inputs,
+    meta: &'a TensorMeta,
+    t: f64,
+    /// Set by the outermost round only: inner rounds that do not match average silently, as their own result.
+    unmatched: Option<String>,
+}
+
+impl Resolver<'_> {
+    fn name(&self) -> &str {
+        &self.meta.name
+    }
+
+    fn round(&mut self, round: &Round) -> Result<Recipe, MergeError> {
+        match round.method {
+            Method::Linear => Ok(start(self.linear(round)?)),
+            Method::TaskArithmetic => Ok(start(self.task_arithmetic(round)?)),
+            _ => self.solved(round),
+        }
+    }
+
+    fn linear(&self, round: &Round) -> Result<Start, MergeError> {
+        let terms: Vec<_> =
+            self.inputs.models.iter().enumerate().map(|(i, m)| (m.source, round.weight(i, self.name(), self.t))).collect();
+        let sum: f64 = terms.iter().map(|t| t.1).sum();
+        let divisor = if round.normalize(self.name(), self.t) { sum } else { 1.0 };
+        self.divides(divisor, &terms)?;
+        Ok(Start::Mean { terms, divisor })
+    }
+
+    fn task_arithmetic(&self, round: &Round) -> Result<Start, MergeError> {
+        let base = self.base();
+        let terms: Vec<_> = self
+            .inputs
+            .models
+            .iter()
+            .enumerate()
+            .filter(|(_, m)| m.source != base)
+            .map(|(i, m)| (m.source, round.weight(i, self.name(), self.t)))
+            .collect();
+        let sum: f64 = terms.iter().map(|t| t.1).sum();
+        let divisor = if round.normalize(self.name(), self.t) { sum } else { 1.0 };
+        self.divides(divisor, &terms)?;
+        Ok(Start::TaskVectors { base, terms, scale: round.lambda(self.name(), self.t) / divisor })
+    }
+
+    fn divides(&self, divisor: f64, terms: &[(SourceId, f64)]) -> Result<(), MergeError> {
+        // Weights that cancel to rounding noise would blow every value up, too.
+        let size: f64 = terms.iter().map(|t| t.1.abs()).sum();
+        if divisor.abs() <= 1e-12 * size || divisor == 0.0 {
+            return Err(MergeError::ZeroWeights {
+                tensor: self.name().to_owned(),
+                weights: terms.iter().map(|t| t.1).collect(),
+            });
+        }
+        Ok(())
+    }
+
+    fn base(&self) -> SourceId {
+        self.inputs.base.expect("the config requires base_model where a round needs it")
+    }
+
+    fn average(&self) -> Start {
+        let terms: Vec<_> = self.inputs.models.iter().map(|m| (m.source, 1.0)).collect();
+        let divisor = terms.len() as f64;
+        Start::Mean { terms, divisor }
+    }
+
+    fn sum_of_task_vectors(&self) -> Start {
+        let base = self.base();
+        let terms = self.inputs.models.iter().filter(|m| m.source != base).map(|m| (m.source, 1.0)).collect();
+        Start::TaskVectors { base, terms, scale: 1.0 }
+    }
+
+    fn solved(&mut self, round: &Round) -> Result<Recipe, MergeError> {
+        let base = self.inputs.base;
+        let mut models = Vec::new();
+        let mut weights = Vec::new();
+        for (i, m) in self.inputs.models.iter().enumerate() {
+            if round.skips_base() && Some(m.source) == base {
+                continue;
+            }
+            let weight = round.weight(i, self.name(), self.t);
+            weights.push(weight);
+            if weight > 0.0 {
+                let off_diagonal = round.off_diagonal(i, self.name(), self.t);
+                models.push(SolveModel { model: i, source: m.source, weight, off_diagonal });
+            }
+        }
+        if models.is_empty() {
+            return Err(MergeError::ZeroWeights { tensor: self.name().to_owned(), weights });
+        }
+        match self.system(round.subspace, &models)? {
+            Err(reason) => {
+                self.unmatched = Some(reason.clone());
+                match round.unmatched {
+                    Unmatched::Average => Ok(start(self.average())),
+                    Unmatched::Base => Ok(start(Start::Copy(self.base()))),
+                    Unmatched::Error => Err(MergeError::Unmatched { tensor: self.name().to_owned(), reason }),
+                }
+            }
+            Ok(system) => {
+                let outer = self.unmatched.take();
+                let mut recipe = self.initial(round)?;
+                // An inner round that averages this tensor is a start like any other.
+                self.unmatched = outer;
+                let solve = self.solve(round, system, models)?;
+                recipe.solves.push(solve);
+                Ok(recipe)
+            }
+        }
+    }
+
+    fn initial(&mut self, round: &Round) -> Result<Recipe, MergeError> {
+        let nested;
+        let inner = match &round.initial {
+            Initial::Auto => match round.method {
+                Method::Wudi | Method::Actmat => return Ok(start(self.sum_of_task_vectors())),
+                Method::Mats if self.inputs.base.is_some() && !matches!(round.subspace, Subspace::DeltaGram(_)) => {
+                    let models = self.task_vector_models();
+                    if models.is_empty() || self.delta_reason().is_some() {
+                        return Ok(start(self.average()));
+                    }
+                    let mut recipe = start(self.sum_of_task_vectors());
+                    let kind = GramKind::Delta { base: self.base(), scale: DeltaScale::InverseSquaredNorm };
+                    recipe.solves.push(Solve {
+                        system: System::Gram(kind),
+                        models,
+                        solver: SolverChoice::Direct,
+                        ridge: TASK_VECTOR_RIDGE,
+                        floor: 0.0,
+                    });
+                    return Ok(recipe);
+                }
+                Method::Mats if self.inputs.base.is_some() => return Ok(start(self.sum_of_task_vectors())),
+                _ => return Ok(start(self.average())),
+            },
+            Initial::Zero => return Ok(start(Start::Zero)),
+            Initial::Average => return Ok(start(self.average())),
+            Initial::Base => return Ok(start(Start::Copy(self.base()))),
+            Initial::Checkpoint(model) => return self.checkpoint(model),
+            Initial::Nested(inner) => {
+                nested = inner;
+                nested
+            }
+        };
+        self.round(inner)
+    }
+
+    fn checkpoint(&self, model: &crate::config::ModelPath) -> Result<Recipe, MergeError> {
+        let source = self.inputs.initials[&model.path];
+        let got = self.inputs.tensor(source, self.name());
+        if got.is_none_or(|got| got.shape != self.meta.shape || !got.dtype.is_float()) {
+            return Err(MergeError::Missing {
+                model: model.written.clone(),
+                tensor: self.name().to_owned(),
+                got: got.map_or_else(|| "none".to_owned(), |got| format!("{} {:?}", got.dtype, got.shape)),
+                expected: self.meta.shape.clone(),
+            });
+        }
+        Ok(start(Start::Copy(source)))
+    }
+
+    fn task_vector_models(&self) -> Vec<SolveModel> {
+        let base = self.base();
+        self.inputs
+            .models
+            .iter()
+            .enumerate()
+            .filter(|(_, m)| m.source != base)
+            .map(|(model, m)| SolveModel { model, source: m.source, weight: 1.0, off_diagonal: 1.0 })
+            .collect()
+    }
+
+    /// The system that the tensor's statistics allow, or why there is none.
+    fn system(&self, subspace: Subspace, models: &[SolveModel]) -> Result<Result<System, String>, MergeError> {
+        Ok(match subspace {
+            Subspace::Identity => Ok(System::Identity),
+            Subspace::DeltaGram(scale) => match self.delta_reason() {
+                None => Ok(System::Gram(GramKind::Delta { base: self.base(), scale })),
+                Some(reason) => Err(reason),
+            },
+            Subspace::FisherDiagonal => self.fisher_diagonal(models)?,
+            Subspace::FisherBlock => self.fisher_block(models)?,
+            Subspace::Gram => self.gram(models)?,
+            Subspace::Kfac => self.kfac(models)?,
+            Subspace::Auto => {
+                let mut reasons = Vec::new();
+                for attempt in [Self::fisher_block, Self::kfac, Self::gram, Self::fisher_diagonal] {
+                    match attempt(self, models)? {
+                        Ok(system) => return Ok(Ok(system)),
+                        Err(reason) => reasons.push(reason),
+                    }
+                }
+                // The last is the least demanding.
+                Err(reasons.pop().unwrap_or_default())
+            }
+        })
+    }
+
+    /// Why a data-free Gram does not apply.
+    fn delta_reason(&self) -> Option<String> {
+        if self.meta.shape.len() != 2 || self.meta.elements() == 0 {
+            Some("not a 2-D weight".to_owned())
+        } else if is_embedding(self.name()) {
+            Some("an embedding".to_owned())
+        } else {
+            None
+        }
+    }
+
+    /// The name of the first model that lacks all of `kinds`.
+    fn lacking(&self, models: &[SolveModel], kinds: &[Kind]) -> Option<String> {
+        models.iter().map(|m| &self.inputs.models[m.model]).find_map(|model| {
+            let has = model
+                .statistics
+                .as_ref()
+                .is_some_and(|s| kinds.iter().any(|kind| s.get(self.name(), *kind).is_some()));
+            (!has).then(|| format!("`{}` has no {}", model.written, kinds[0].name()))
+        })
+    }
+
+    fn check_side(&self, models: &[SolveModel], kinds: &[Kind], side: usize) -> Result<(), MergeError> {
+        for model in models {
+            let statistics = self.inputs.models[model.model].statistics.as_ref();
+            for kind in kinds {
+                if let Some((s, found)) = statistics.and_then(|s| Some((s, s.get(self.name(), *kind)?))) {
+                    if matches!(found.form, Form::Dense) {
+                        s.expect_shape(found, self.name(), &self.meta.shape)?;
+                    } else {
+                        s.expect_side(found, self.name(), side)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn fisher_diagonal(&self, models: &[SolveModel]) -> Result<Result<System, String>, MergeError> {
+        let kinds = [Kind::FisherDiagonal];
+        if let Some(reason) = self.lacking(models, &kinds) {
+            return Ok(Err(reason));
+        }
+        self.check_side(models, &kinds, 0)?;
+        Ok(Ok(System::FisherDiagonal))
+    }
+
+    fn fisher_block(&self, models: &[SolveModel]) -> Result<Result<System, String>, MergeError> {
+        let kinds = [Kind::FisherBlock];
+        if let Some(reason) = self.lacking(models, &kinds) {
+            return Ok(Err(reason));
+        }
+        self.check_side(models, &kinds, self.meta.elements() as usize)?;
+        Ok(Ok(System::Gram(GramKind::FisherBlock)))
+    }
+
+    fn gram(&self, models: &[SolveModel]) -> Result<Result<System, String>, MergeError> {
+        let kinds = [Kind::InputGram, Kind::InputFactor];
+        if let Some(reason) = self.lacking(models, &kinds) {
+            return Ok(Err(reason));
+        }
+        let [_, input] = self.meta.shape[..] else { return Ok(Err("not a 2-D weight".to_owned())) };
+        self.check_side(models, &kinds, input)?;
+        Ok(Ok(System::Gram(GramKind::Input)))
+    }
+
+    fn kfac(&self, models: &[SolveModel]) -> Result<Result<System, String>, MergeError> {
+        if let Err(reason) = self.gram(models)? {
+            return Ok(Err(reason));
+        }
+        let kinds = [Kind::OutputGram, Kind::OutputFactor];
+        if let Some(reason) = self.lacking(models, &kinds) {
+            return Ok(Err(reason));
+        }
+        self.check_side(models, &kinds, self.meta.shape[0])?;
+        Ok(Ok(System::Kfac))
+    }
+
+    fn solve(&self, round: &Round, system: System, models: Vec<SolveModel>) -> Result<Solve, MergeError> {
+        let auto = round.solver.method == SolverMethod::Auto;
+        let direct = match round.solver.method {
+            SolverMethod::Direct => true,
+            SolverMethod::Cg | SolverMethod::Pcg => false,
+            // Exact and cheap. A vector's full Fisher block stays with early-stopped CG: solving it to the end was
+            // measured to lose most of the accuracy (paper, figure 3).
+            SolverMethod::Auto => match system {
+                System::Identity | System::FisherDiagonal => true,
+                System::Gram(kind) => kind != GramKind::FisherBlock,
+                System::Kfac => models.len() <= 2,
+            },
+        };
+        if direct && system == System::Kfac && models.len() > 2 {
+            return Err(MergeError::NotDirect { tensor: self.name().to_owned(), models: models.len() });
+        }
+        let method = match round.solver.method {
+            SolverMethod::Auto if direct => SolverMethod::Direct,
+            SolverMethod::Auto => SolverMethod::Cg,
+            given => given,
+        };
+        let mut ridge = round.ridge(method);
+        if auto && direct && system == System::Kfac {
+            ridge = round.solver.ridge_or(TWO_MODEL_RIDGE);
+        }
+        let solver = if direct {
+            SolverChoice::Direct
+        } else {
+            let by_objective = method == SolverMethod::Pcg;
+            let (iterations, tolerance) = if by_objective { PCG_DEFAULTS } else { CG_DEFAULTS };
+            SolverChoice::Iterative {
+                preconditioner: if by_objective { Some(self.preconditioner(round)?) } else { None },
+                max_iterations: round.solver.max_iterations_or(iterations),
+                tolerance: round.solver.tolerance_or(tolerance),
+                by_objective,
+            }
+        };
+        let floor = if direct && round.method == Method::Fisher { FISHER_FLOOR } else { 0.0 };
+        Ok(Solve { system, models, solver, ridge, floor })
+    }
+
+    fn preconditioner(&self, round: &Round) -> Result<PreconditionerKind, MergeError> {
+        match round.solver.preconditioner {
+            Some(kind @ (PreconditionerKind::None | PreconditionerKind::Jacobi)) => Ok(kind),
+            given => Err(MergeError::Unsupported {
+                what: format!(
+                    "line {}: solver.preconditioner `{}`",
+                    round.solver.line,
+                    given.map_or("kronecker", |kind| kind.name())
+                ),
+                hint: "write `preconditioner: jacobi` or `none`, or `method: cg`",
+            }),
+        }
+    }
+}
+
+fn start(start: Start) -> Recipe {
+    Recipe { start, solves: Vec::new(), method: "" }
+}
+
+/// Lookup tables: rows are looked up, not multiplied, so a Gram over their columns means nothing.
+fn is_embedding(name: &str) -> bool {
+    name.split('.').any(|part| {
+        let part = part.to_ascii_lowercase();
+        part.contains("embed")
+            || part.contains("position")
+            || matches!(part.as_str(), "wte" | "wpe" | "shared" | "relative_attention_bias")
+    })
+}
+
+/// Statistics a solve reads, by model: used by the plan for sharing and for byte counts.
+pub(crate) fn statistics_keys(inputs: &Inputs, tensor: &str, solve: &Solve) -> Vec<(usize, Kind, String)> {
+    let kinds: &[Kind] = match solve.system {
+        System::Identity | System::Gram(GramKind::Delta { .. }) => &[],
+        System::FisherDiagonal => &[Kind::FisherDiagonal],
+        System::Gram(GramKind::Input) => &[Kind::InputGram, Kind::InputFactor],
+        System::Gram(GramKind::FisherBlock) => &[Kind::FisherBlock],
+        System::Kfac => &[Kind::InputGram, Kind::InputFactor, Kind::OutputGram, Kind::OutputFactor],
+    };
+    let mut keys = Vec::new();
+    for model in &solve.models {
+        if let Some(statistics) = &inputs.models[model.model].statistics {
+            for kind in kinds {
+                if let Some(found) = statistics.get(tensor, *kind) {
+                    keys.push((model.model, *kind, found.key.clone()));
+                }
+            }
+        }
+    }
+    keys
+}
+
+/// Identifies the factored `S` of a direct Gram solve, so that tensors with the same input share it; `None` where it
+/// belongs to one tensor.
+pub(crate) fn gram_key(inputs: &Inputs, tensor: &str, solve: &Solve) -> Option<String> {
+    (solve.system == System::Gram(GramKind::Input) && solve.solver == SolverChoice::Direct).then(|| {
+        let weights: Vec<_> = solve.models.iter().map(|m| (m.weight.to_bits(), m.off_diagonal.to_bits())).collect();
+        format!("{:?}", (statistics_keys(inputs, tensor, solve), weights, solve.ridge.to_bits()))
+    })
+}
+
+/// Identifies the input factors of a K-FAC solve.
+pub(crate) fn input_factors_key(inputs: &Inputs, tensor: &str, solve: &Solve) -> Option<String> {
+    (solve.system == System::Kfac && solve.solver != SolverChoice::Direct).then(|| {
+        let mut keys = statistics_keys(inputs, tensor, solve);
+        keys.retain(|(_, kind, _)| matches!(kind, Kind::InputGram | Kind::InputFactor));
+        let scaling: Vec<_> = solve.models.iter().map(|m| m.off_diagonal.to_bits()).collect();
+        format!("kfac {:?}", (keys, scaling))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layer_indices_come_from_the_first_number() {
+        assert_eq!(layer_index("model.layers.12.mlp.weight"), Some(12));
+        assert_eq!(layer_index("encoder.block.3.layer.0.q.weight"), Some(3));
+        assert_eq!(layer_index("lm_head.weight"), None);
+        assert_eq!(layer_index("x.99999999999999999999.w"), None);
+        let layers = LayerPosition { layers: 5 };
+        assert_eq!(layers.of_tensor("h.2.w"), 0.5);
+        assert_eq!(layers.of_tensor("wte.weight"), 0.0);
+        assert_eq!(LayerPosition { layers: 1 }.of_tensor("h.0.w"), 1.0);
+    }
+
+    #[test]
+    fn embeddings_are_told_from_weights_by_name() {
+        for name in ["model.embed_tokens.weight", "transformer.wte.weight", "shared.weight", "a.position_bias.w"] {
+            assert!(is_embedding(name), "{name}");
+        }
+        for name in ["model.layers.0.mlp.up_proj.weight", "lm_head.weight", "h.0.attn.c_attn.weight"] {
+            assert!(!is_embedding(name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! Bytes a block holds, and how it is cut to fit under the user's bound.
+//!
+//! Counted: anonymous memory. Inputs are mapped, so their pages belong to the page cache and can be taken back by the
+//! system at any time; the output goes through a few small buffers.
+
+use crate::config::PreconditionerKind;
+use crate::kernel::PANEL;
+use crate::merge::block::{Stage, Strategy, is_elementwise};
+use crate::merge::{GramKind, Inputs, Recipe, Solve, SolverChoice, System};
+use crate::merge::{DirectMemory, IterativeMemory, forms_gram, two_term_bytes};
+use crate::operator::BlockShape;
+use crate::statistics::{Form, Kind};
+
+/// One output buffer: encoded values on their way to the writer.
+pub const OUT_BUFFER_BYTES: usize = 512 << 10;
+/// Scratch of one worker: pieces of elementwise work, decode buffers, packed panels of a matrix product, its stack.
+const WORKER_BYTES: u64 = 10 << 20;
+/// Heap that comes and goes: names, reports, channels, the allocator's slack.
+const SLACK_BYTES: u64 = 12 << 20;
+
+/// Output buffers in flight for so many threads.
+pub fn out_buffers(threads: usize) -> usize {
+    2 * threads + 4
+}
+
+/// Memory that is not a block's: `metadata` is what the process holds once all headers are open.
+pub fn overhead_bytes(threads: usize, metadata: u64) -> u64 {
+    metadata + SLACK_BYTES + threads as u64 * WORKER_BYTES + (out_buffers(threads) * OUT_BUFFER_BYTES) as u64
+}
+
+/// How one block runs, and what it holds at its peak.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BlockMemory {
+    /// For `merge::block`.
+    pub strategy: Strategy,
+    /// Peak bytes beside the overhead.
+    pub bytes: u64,
+}
+
+/// The stages of a recipe with the memory of each, tried from generous to frugal.
+struct Candidate {
+    stages: Vec<Stage>,
+}
+
+/// The most generous way to run `recipe` in `available` bytes; `Err` holds the least that would do.
+///
+/// # Errors
+/// The bytes of the most frugal way, if that does not fit either.
+pub fn fit(inputs: &Inputs, tensor: &str, recipe: &Recipe, shape: BlockShape, available: u64) -> Result<BlockMemory, u64> {
+    if recipe.solves.iter().all(is_elementwise) {
+        return Ok(BlockMemory { strategy: Strategy::Elements, bytes: 0 });
+    }
+    let mut least = u64::MAX;
+    for frugality in 0.. {
+        let Some(candidate) = candidate(recipe, shape, frugality) else { break };
+        let bytes = bytes(inputs, tensor, recipe, shape, &candidate.stages);
+        if bytes <= available {
+            return Ok(BlockMemory { strategy: Strategy::Stages(candidate.stages), bytes });
+        }
+        least = least.min(bytes);
+    }
+    Err(least)
+}
+
+/// Steps of frugality; none of them changes a bit of the result:
+/// 0 hold all factors, keep formed Grams, whole tensors; 1 let output factors stream; 2 all factors stream, Grams formed
+/// anew for each tile; 3 … halve the tiles of rows down to one panel; last, no room for an eigendecomposition.
+fn candidate(recipe: &Recipe, shape: BlockShape, frugality: usize) -> Option<Candidate> {
+    let all = shape.out_features.div_ceil(PANEL).max(1);
+    let halvings = usize::BITS as usize - (all - 1).leading_zeros() as usize;
+    if frugality > 3 + halvings {
+        return None;
+    }
+    let eigen = frugality <= 2 + halvings;
+    let tile_panels = (all >> frugality.saturating_sub(2).min(halvings)).max(1);
+    let tile_rows = if frugality <= 2 { shape.out_features.max(1) } else { tile_panels * PANEL };
+    let stages = recipe
+        .solves
+        .iter()
+        .map(|solve| match (solve.solver, solve.system) {
+            _ if is_elementwise(solve) => Stage::Diagonal,
+            (SolverChoice::Direct, System::Kfac) => Stage::TwoTerm,
+            (SolverChoice::Direct, _) => {
+                Stage::Direct(DirectMemory { tile_rows, keep_formed: frugality <= 1, eigen })
+            }
+            (SolverChoice::Iterative { .. }, _) => {
+                Stage::Iterative(IterativeMemory { hold_a: frugality <= 1, hold_g: frugality == 0 })
+            }
+        })
+        .collect();
+    Some(Candidate { stages })
+}
+
+/// Peak over the runs of stages, as `merge::block` groups them.
+fn bytes(inputs: &Inputs, tensor: &str, recipe: &Recipe, shape: BlockShape, stages: &[Stage]) -> u64 {
+    let whole = shape.elements() as u64 * 4;
+    let mut peak = 0;
+    let mut source = 0;
+    let mut k = 0;
+    while k < stages.len() {
+        let rows = |stage: &Stage| matches!(stage, Stage::Direct(_) | Stage::Diagonal);
+        let mut end = k + 1;
+        while rows(&stages[k]) && end < stages.len() && rows(&stages[end]) {
+            end += 1;
+        }
+        let run: u64 = (k..end).map(|i| stage_bytes(inputs, tensor, &recipe.solves[i], shape, stages[i])).sum();
+        let result = if end == stages.len() { 0 } else { whole };
+        // An iterative stage takes its source over and counts it itself.
+        let held = if matches!(stages[k], Stage::Iterative(_)) { 0 } else { source };
+        peak = peak.max(held + run + if matches!(stages[k], Stage::Iterative(_)) { 0 } else { result });
+        source = result;
+        k = end;
+    }
+    peak
+}
+
+fn stage_bytes(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, stage: Stage) -> u64 {
+    let (m, n) = (shape.out_features, shape.in_features);
+    match (stage, solve.system) {
+        (Stage::Diagonal, _) => 0,
+        (Stage::TwoTerm, _) => two_term_bytes(shape) + low_rank_scratch(inputs, tensor, solve, shape) * 8,
+        (Stage::Direct(memory), System::Gram(kind)) => {
+            let formed = solve
+                .models
+                .iter()
+                .filter(|model| {
+                    factor_rank(inputs, model.model, tensor, kind, m).is_some_and(|rank| forms_gram(rank, n))
+                })
+                .count();
+            memory.bytes(m, n, formed)
+        }
+        (Stage::Direct(_), _) => 0,
+        (Stage::Iterative(memory), system) => {
+            let jacobi = matches!(
+                solve.solver,
+                SolverChoice::Iterative { preconditioner: Some(PreconditionerKind::Jacobi), .. }
+            );
+            let vectors = 5 + if jacobi { 2 } else { 0 };
+            let panel = PANEL.min(m.max(n)) as u64;
+            let system = match system {
+                System::Identity | System::FisherDiagonal => 3 * shape.elements() as u64,
+                System::Gram(_) => (n * n) as u64 + panel * (n as u64) + panel * panel,
+                System::Kfac => {
+                    let (m, n, models) = (m as u64, n as u64, solve.models.len() as u64);
+                    let held_a = if memory.hold_a { models * n * n } else { panel * n };
+                    let held_g = if memory.hold_g { models * m * m } else { panel * m };
+                    PANEL.min(m as usize) as u64 * n
+                        + held_a
+                        + held_g
+                        + low_rank_scratch(inputs, tensor, solve, shape)
+                }
+            };
+            (vectors * shape.elements() as u64 + system) * 4
+        }
+    }
+}
+
+/// Rank of a factor stored as `F`, `None` where it is a full or packed Gram.
+fn factor_rank(inputs: &Inputs, model: usize, tensor: &str, kind: GramKind, rows: usize) -> Option<usize> {
+    match kind {
+        GramKind::Delta { .. } => Some(rows),
+        GramKind::FisherBlock => None,
+        GramKind::Input => {
+            let found = inputs.models[model].statistics.as_ref()?.get(tensor, Kind::InputFactor)?;
+            match found.form {
+                Form::Factor { rank, .. } => Some(rank),
+                _ => None,
+            }
+        }
+    }
+}
+
+/// Values of scratch that low-rank K-FAC factors need beside a panel.
+fn low_rank_scratch(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape) -> u64 {
+    let mut most = 0;
+    for model in &solve.models {
+        let Some(statistics) = &inputs.models[model.model].statistics else { continue };
+        for kind in [Kind::InputFactor, Kind::OutputFactor] {
+            if let Some(Form::Factor { rank, side }) = statistics.get(tensor, kind).map(|s| s.form) {
+                let (rank, side) = (rank as u64, side as u64);
+                let panel = PANEL as u64;
+                most = most.max(panel.min(rank) * side + panel * panel + rank * shape.in_features as u64);
+            }
+        }
+    }
+    2 * most
+}

@@ -1,0 +1,393 @@
+//! What a merge will do, known from headers alone: blocks in order, how each is solved, what it holds, reads and costs.
+//!
+//! `align` lines the checkpoints up, `merge::resolve` gives each tensor its recipe, `budget` cuts it to the memory bound,
+//! `shards` lays the output out. Pure: nothing but headers is read and nothing is written. `stream` carries it out.
+
+pub mod align;
+pub mod budget;
+mod print;
+pub mod shards;
+
+use std::collections::{BTreeMap, HashMap};
+
+use align::{AlignError, align};
+use budget::BlockMemory;
+use shards::{LayoutError, OutputLayout, TensorSpec};
+
+use crate::config::{MergeConfig, OutDtype};
+use crate::merge::block::{Stage, Strategy};
+use crate::merge::{
+    Inputs, LayerPosition, MergeError, Recipe, SolverChoice, SourceId, System, gram_key, input_factors_key, resolve,
+    statistics_keys,
+};
+use crate::operator::BlockShape;
+use crate::read::{Dtype, TensorMeta};
+use crate::report::units::Bytes;
+
+/// Blocks with more flops than this run alone with parallel kernels, smaller ones side by side.
+const LARGE_FLOPS: f64 = 1e9;
+/// Elementwise blocks with more elements than this are cut into tiles that run side by side.
+const LARGE_ELEMENTS: usize = 4 << 20;
+
+/// Resources the user gave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Bound on anonymous memory.
+    pub max_memory: u64,
+    /// Worker threads.
+    pub threads: usize,
+    /// Bytes of one output file.
+    pub shard_bytes: u64,
+    /// Store tied heads on their own.
+    pub untie: bool,
+}
+
+/// Why there is no plan.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlanError {
+    /// The checkpoints do not fit together.
+    #[error(transparent)]
+    Align(#[from] AlignError),
+    /// A tensor has no recipe.
+    #[error(transparent)]
+    Merge(#[from] MergeError),
+    /// The output cannot be laid out.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// Not enough memory for the largest block.
+    #[error("--max-memory: tensor `{}` cannot be merged in {} (got {max_memory} bytes, expected at least {least}); \
+             try --max-memory {}", crate::read::escaped(tensor), Bytes(*max_memory), mib(*least))]
+    Memory {
+        /// The tensor that needs most.
+        tensor: String,
+        /// What was given.
+        max_memory: u64,
+        /// What would do.
+        least: u64,
+    },
+}
+
+/// `least` as a flag that is enough.
+fn mib(bytes: u64) -> String {
+    format!("{}MiB", bytes.div_ceil(1 << 20))
+}
+
+/// What happens to one tensor of the output.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Its bytes are taken from one checkpoint as they are.
+    Copy {
+        /// Which.
+        source: SourceId,
+        /// Why it is not merged.
+        reason: &'static str,
+    },
+    /// It is merged.
+    Merge {
+        /// How.
+        recipe: Recipe,
+        /// Cut to the memory bound.
+        strategy: Strategy,
+    },
+}
+
+/// One tensor of the output.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BlockPlan {
+    /// Parameter name.
+    pub name: String,
+    /// As stored in the reference.
+    pub shape: Vec<usize>,
+    /// The same as a matrix: 2-D weights `[out, in]`, everything else one row.
+    pub block: BlockShape,
+    /// Of the output.
+    pub dtype: Dtype,
+    /// What happens.
+    pub action: Action,
+    /// Why the config's method does not apply, where it does not.
+    pub unmatched: Option<String>,
+    /// Peak bytes beside the overhead.
+    pub memory_bytes: u64,
+    /// Inputs read, each byte counted once a round.
+    pub read_bytes: u64,
+    /// Of the output.
+    pub write_bytes: u64,
+    /// Upper bound: all iterations.
+    pub flops: f64,
+    /// Runs alone with parallel kernels.
+    pub large: bool,
+}
+
+/// Blocks that run one after the other in one task, because they share factors.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Unit {
+    /// Indices into [`MergePlan::blocks`].
+    pub blocks: Vec<usize>,
+    /// Peak bytes beside the overhead.
+    pub memory_bytes: u64,
+    /// Runs alone with parallel kernels.
+    pub large: bool,
+}
+
+/// A whole merge.
+#[derive(Debug)]
+pub struct MergePlan {
+    /// In the order of the output and of the reference's files.
+    pub blocks: Vec<BlockPlan>,
+    /// In the order they run.
+    pub units: Vec<Unit>,
+    /// Files of the output; tensor k of the layout is block k.
+    pub layout: OutputLayout,
+    /// Tensors that are not in the output, and why.
+    pub left_out: BTreeMap<String, String>,
+    /// For stderr and the report.
+    pub warnings: Vec<String>,
+    /// Memory that is not a block's.
+    pub overhead_bytes: u64,
+    /// The least `--max-memory` that would do.
+    pub least_memory_bytes: u64,
+    /// The resources it was made for.
+    pub limits: Limits,
+}
+
+impl MergePlan {
+    /// Makes the plan. `metadata` is what the process holds with all headers open. Enters dissolved ties in `inputs`.
+    ///
+    /// # Errors
+    /// [`PlanError`]; nothing but headers has been read by then.
+    pub fn new(
+        config: &MergeConfig,
+        inputs: &mut Inputs,
+        limits: Limits,
+        metadata: u64,
+    ) -> Result<Self, PlanError> {
+        let alignment = align(inputs, limits.untie)?;
+        inputs.tied.extend(alignment.tied);
+        let reference = inputs.reference();
+        let layers = LayerPosition::of(&inputs.checkpoints[reference]);
+        let overhead_bytes = budget::overhead_bytes(limits.threads, metadata);
+        let available = limits.max_memory.saturating_sub(overhead_bytes);
+        let mut warnings = Vec::new();
+        for source in &inputs.checkpoints {
+            warnings.extend(source.warnings().iter().cloned());
+        }
+        for (name, reason) in &alignment.left_out {
+            warnings.push(format!("tensor `{}` is left out: {reason}", crate::read::escaped(name)));
+        }
+
+        let mut planner = Planner { config, inputs, layers, available, worst: (0, String::new()) };
+        let blocks =
+            alignment.tensors.iter().map(|meta| planner.block(meta)).collect::<Result<Vec<_>, PlanError>>()?;
+        let (worst_bytes, worst) = planner.worst;
+        let least_memory_bytes = overhead_bytes + worst_bytes;
+        if least_memory_bytes > limits.max_memory {
+            return Err(PlanError::Memory { tensor: worst, max_memory: limits.max_memory, least: least_memory_bytes });
+        }
+        let units = units(inputs, &blocks);
+        let specs = blocks
+            .iter()
+            .map(|b| TensorSpec {
+                name: b.name.clone(),
+                dtype: b.dtype.name().to_owned(),
+                shape: b.shape.clone(),
+                bytes: b.write_bytes,
+            })
+            .collect();
+        let layout = OutputLayout::new(specs, limits.shard_bytes)?;
+        Ok(Self {
+            blocks,
+            units,
+            layout,
+            left_out: alignment.left_out,
+            warnings,
+            overhead_bytes,
+            least_memory_bytes,
+            limits,
+        })
+    }
+
+    /// Peak anonymous memory of the run: the overhead and what units hold at the same time.
+    pub fn peak_memory_bytes(&self) -> u64 {
+        let alone = self.units.iter().map(|u| u.memory_bytes).max().unwrap_or(0);
+        let mut small: Vec<u64> = self.units.iter().filter(|u| !u.large).map(|u| u.memory_bytes).collect();
+        small.sort_unstable_by(|a, b| b.cmp(a));
+        let together: u64 = small.iter().take(self.limits.threads).sum();
+        let available = self.limits.max_memory.saturating_sub(self.overhead_bytes);
+        self.overhead_bytes + alone.max(together.min(available))
+    }
+
+    /// Inputs read, each byte counted once a round.
+    pub fn read_bytes(&self) -> u64 {
+        self.blocks.iter().map(|b| b.read_bytes).sum()
+    }
+
+    /// Tensor bytes of the output.
+    pub fn write_bytes(&self) -> u64 {
+        self.blocks.iter().map(|b| b.write_bytes).sum()
+    }
+
+    /// Upper bound of the floating point operations.
+    pub fn flops(&self) -> f64 {
+        self.blocks.iter().map(|b| b.flops).sum()
+    }
+}
+
+struct Planner<'a> {
+    config: &'a MergeConfig,
+    inputs: &'a Inputs,
+    layers: LayerPosition,
+    available: u64,
+    /// Least bytes of the most demanding block, and its name.
+    worst: (u64, String),
+}
+
+impl Planner<'_> {
+    fn block(&mut self, meta: &TensorMeta) -> Result<BlockPlan, PlanError> {
+        let inputs = self.inputs;
+        let reference = inputs.reference();
+        let source = if inputs.checkpoints[reference].get(&meta.name).is_some() {
+            reference
+        } else {
+            // A head that the reference ties and another model stores.
+            inputs.models.iter().map(|m| m.source).find(|s| inputs.checkpoints[*s].get(&meta.name).is_some()).unwrap_or(reference)
+        };
+        let mut plan = BlockPlan {
+            name: meta.name.clone(),
+            shape: meta.shape.clone(),
+            block: BlockShape::new(1, meta.elements() as usize),
+            dtype: meta.dtype,
+            action: Action::Copy { source, reason: "" },
+            unmatched: None,
+            memory_bytes: 0,
+            read_bytes: meta.bytes,
+            write_bytes: meta.bytes,
+            flops: 0.0,
+            large: meta.elements() as usize > LARGE_ELEMENTS,
+        };
+        let copied = |reason| Action::Copy { source, reason };
+        if !meta.dtype.is_float() {
+            plan.action = copied("integers are copied, not merged");
+            return Ok(plan);
+        }
+        if meta.elements() == 0 {
+            plan.action = copied("no elements");
+            return Ok(plan);
+        }
+        let resolution = resolve(self.config, inputs, meta, &self.layers)?;
+        plan.unmatched = resolution.unmatched;
+        plan.dtype = self.config.output_dtype().map_or(meta.dtype, stored);
+        let recipe = resolution.recipe;
+        if let [] = recipe.solves[..]
+            && let crate::merge::Start::Copy(from) = recipe.start
+            && inputs.tensor(from, &meta.name).is_some_and(|t| t.dtype == plan.dtype)
+        {
+            plan.action = Action::Copy { source: from, reason: "taken from the base" };
+            return Ok(plan);
+        }
+        plan.write_bytes = meta.elements() * plan.dtype.bits() / 8;
+        // Only a solve that couples entries sees the tensor as a matrix.
+        if let [out, input] = meta.shape[..]
+            && recipe.solves.iter().any(|s| s.system == System::Kfac || matches!(s.system, System::Gram(_)))
+        {
+            plan.block = BlockShape::new(out, input);
+        }
+        plan.read_bytes = self.read_bytes(meta, &recipe);
+        plan.flops = flops(plan.block, &recipe);
+        plan.large = plan.large || plan.flops > LARGE_FLOPS;
+        let least = match budget::fit(inputs, &meta.name, &recipe, plan.block, self.available) {
+            Ok(BlockMemory { strategy, bytes }) => {
+                plan.memory_bytes = bytes;
+                plan.action = Action::Merge { recipe: recipe.clone(), strategy };
+                budget::fit(inputs, &meta.name, &recipe, plan.block, 0).err().unwrap_or(0)
+            }
+            Err(least) => least,
+        };
+        if least >= self.worst.0 {
+            self.worst = (least, meta.name.clone());
+        }
+        Ok(plan)
+    }
+
+    fn read_bytes(&self, meta: &TensorMeta, recipe: &Recipe) -> u64 {
+        let of = |source: SourceId| self.inputs.tensor(source, &meta.name).map_or(0, |t| t.bytes);
+        let mut bytes: u64 = recipe.start.sources().into_iter().map(of).sum();
+        for solve in &recipe.solves {
+            bytes += solve.models.iter().map(|m| of(m.source)).sum::<u64>();
+            for (model, kind, _) in statistics_keys(self.inputs, &meta.name, solve) {
+                let statistics = self.inputs.models[model].statistics.as_ref();
+                bytes += statistics.and_then(|s| s.get(&meta.name, kind)).map_or(0, |s| s.bytes);
+            }
+        }
+        bytes
+    }
+}
+
+fn stored(dtype: OutDtype) -> Dtype {
+    match dtype {
+        OutDtype::Float32 => Dtype::F32,
+        OutDtype::Float16 => Dtype::F16,
+        OutDtype::Bfloat16 => Dtype::Bf16,
+        OutDtype::Float64 => Dtype::F64,
+    }
+}
+
+/// Upper bound of a recipe's flops, from its shapes.
+fn flops(shape: BlockShape, recipe: &Recipe) -> f64 {
+    let (m, n) = (shape.out_features as f64, shape.in_features as f64);
+    let mut total = recipe.start.sources().len() as f64 * 2.0 * m * n;
+    for solve in &recipe.solves {
+        let models = solve.models.len() as f64;
+        let one = match solve.system {
+            System::Identity | System::FisherDiagonal => 4.0 * models * m * n,
+            System::Gram(_) => 2.0 * m * n * n,
+            System::Kfac => models * 2.0 * m * n * (m + n),
+        };
+        total += match (solve.solver, solve.system) {
+            (SolverChoice::Iterative { max_iterations, .. }, System::Gram(_)) => {
+                one * (max_iterations as f64 + 2.0 * models + 1.0)
+            }
+            (SolverChoice::Iterative { max_iterations, .. }, _) => one * (max_iterations as f64 + 3.0),
+            (SolverChoice::Direct, System::Gram(_)) => one * (2.0 * models + 2.0) + n * n * n / 3.0,
+            (SolverChoice::Direct, System::Kfac) => 2.0 * one + 30.0 * (m * m * m + n * n * n),
+            (SolverChoice::Direct, _) => one,
+        };
+    }
+    total
+}
+
+/// Whether the last solve keeps its input factors in memory.
+fn holds_input(block: &BlockPlan) -> bool {
+    let Action::Merge { strategy: Strategy::Stages(stages), .. } = &block.action else { return false };
+    !matches!(stages.last(), Some(Stage::Iterative(memory)) if !memory.hold_a)
+}
+
+/// Groups blocks that share a factored Gram or held input factors, at the place of the first of them.
+fn units(inputs: &Inputs, blocks: &[BlockPlan]) -> Vec<Unit> {
+    let mut units: Vec<Unit> = Vec::new();
+    let mut by_key: HashMap<String, usize> = HashMap::new();
+    for (k, block) in blocks.iter().enumerate() {
+        let key = match &block.action {
+            Action::Merge { recipe, .. } => recipe.solves.last().and_then(|solve| {
+                gram_key(inputs, &block.name, solve).or_else(|| input_factors_key(inputs, &block.name, solve))
+            }),
+            Action::Copy { .. } => None,
+        };
+        let shared = key.as_ref().and_then(|key| by_key.get(key)).copied();
+        // What is shared is counted in every member and held through all of them; a member that streams what another
+        // holds would pay for it on top.
+        if let Some(unit) = shared.map(|u| &mut units[u])
+            && holds_input(&blocks[unit.blocks[0]]) == holds_input(block)
+        {
+            unit.blocks.push(k);
+            unit.memory_bytes = unit.memory_bytes.max(block.memory_bytes);
+            unit.large |= block.large;
+            continue;
+        }
+        if let Some(key) = key {
+            by_key.insert(key, units.len());
+        }
+        units.push(Unit { blocks: vec![k], memory_bytes: block.memory_bytes, large: block.large });
+    }
+    units
+}

@@ -1,0 +1,19 @@
+//! What a run tells: its record (`merge_report.json`), its model card, its progress line, its peak
+//! memory.
+//!
+//! The engine fills a [`RunReport`] and drives a [`Progress`]; `verify` and `report` read the record
+//! back. Nothing here computes a result or opens a tensor, and nothing here decides an exit code.
+
+mod card;
+mod json;
+mod peak;
+mod progress;
+pub mod units;
+
+pub use card::{CardModel, ModelCard};
+pub use json::{
+    FILE_NAME as REPORT_FILE, InputFileRecord, InputRecord, OutputFileRecord, ParameterReport,
+    ReportError, RoundReport, RunReport, RunSettings, UnmergedRecord,
+};
+pub use peak::{PeakMemory, anonymous_bytes, peak_memory, peak_rss_bytes};
+pub use progress::{Progress, ProgressMode};

@@ -1,0 +1,86 @@
+//! The commands: from parsed arguments to an exit code. `main` calls [`run`]; everything else is called from here.
+
+mod inputs;
+mod merge;
+mod resources;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+pub use inputs::open_inputs;
+pub use merge::{MergeOptions, MergeSummary, merge};
+pub use resources::default_max_memory;
+
+use crate::cli::{Cli, Command, DiffArgs, InspectArgs, PlanArgs};
+use crate::config::MergeConfig;
+use crate::error::Error;
+use crate::plan::MergePlan;
+use crate::read::IoMode;
+
+/// Carries out a command; what it was asked for goes to stdout, everything else to stderr.
+///
+/// # Errors
+/// Whatever ends the command; [`Error::exit_code`] says how.
+pub fn run(cli: Cli) -> Result<ExitCode, Error> {
+    match cli.command {
+        Command::Merge(args) if args.dry_run => {
+            plan(&PlanArgs { config: args.config, resources: args.resources, json: false })
+        }
+        Command::Merge(args) => merge::command(args),
+        Command::Plan(args) => plan(&args),
+        Command::Inspect(args) => inspect(&args),
+        Command::Diff(args) => diff(&args),
+    }
+}
+
+fn plan(args: &PlanArgs) -> Result<ExitCode, Error> {
+    let config = MergeConfig::load(&args.config)?;
+    let mut inputs = open_inputs(&config, io_mode(args.resources.io), true)?;
+    let metadata = resources::metadata_bytes(&inputs);
+    let plan = MergePlan::new(&config, &mut inputs, resources::limits(&args.resources)?, metadata)?;
+    for warning in &plan.warnings {
+        tracing::warn!("{warning}");
+    }
+    print(|out| if args.json { json(out, &plan.to_json()) } else { plan.write_table(out) })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn inspect(args: &InspectArgs) -> Result<ExitCode, Error> {
+    let inspection = crate::inspect::inspect(&args.path, args.stats, IoMode::for_path(&args.path))?;
+    for warning in &inspection.warnings {
+        tracing::warn!("{warning}");
+    }
+    print(|out| if args.json { json(out, &inspection) } else { inspection.write_table(out) })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn diff(args: &DiffArgs) -> Result<ExitCode, Error> {
+    let diff = crate::diff::diff(&args.a, &args.b, args.tolerance, IoMode::for_path(&args.a))?;
+    print(|out| if args.json { json(out, &diff) } else { diff.write_table(out) })?;
+    Ok(if diff.differs { ExitCode::from(1) } else { ExitCode::SUCCESS })
+}
+
+fn io_mode(io: crate::cli::IoMode) -> IoMode {
+    match io {
+        crate::cli::IoMode::Mmap => IoMode::Mmap,
+        crate::cli::IoMode::Pread => IoMode::Pread,
+    }
+}
+
+fn json(out: &mut dyn Write, value: &impl serde::Serialize) -> io::Result<()> {
+    serde_json::to_writer_pretty(&mut *out, value)?;
+    writeln!(out)
+}
+
+/// Writes to stdout through one buffer. A reader that went away has what it wanted.
+fn print(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Error> {
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    let result = write(&mut out).and_then(|()| out.flush());
+    // Not flushed again on drop: what could not be written once is lost.
+    let _ = out.into_parts();
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        Err(source) => Err(Error::Stdout { source }),
+        Ok(()) => Ok(()),
+    }
+}

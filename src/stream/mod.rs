@@ -1,0 +1,317 @@
+//! Runs a plan: reader, solvers and writer side by side, memory admitted before a block starts.
+//!
+//! The dispatcher takes units in plan order and waits until the memory of the next one is free. Small units run side by
+//! side on the pool with sequential kernels, a large one alone with parallel kernels. Results are encoded into a fixed
+//! set of buffers that a writer thread empties; a prefetch thread asks for input pages a bounded distance ahead. Owns
+//! scheduling and cancellation; what is computed is `merge`'s business and what is published is `write`'s.
+
+mod prefetch;
+mod sink;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Instant;
+
+use crate::kernel::Threading;
+use crate::merge::block::{Shared, Strategy, merge_block};
+use crate::merge::{BlockContext, Inputs, MergeError, SolveOutcome, Tally};
+use crate::plan::{Action, BlockPlan, MergePlan, Unit, budget};
+use crate::read::Dtype;
+use crate::report::Progress;
+use crate::solve::IterationRecord;
+use crate::write::CheckpointWriter;
+
+/// Least distance of the readahead: one block's worth keeps the disk busy.
+const LEAST_WINDOW: u64 = 32 << 20;
+/// Most: beyond it page cache is only held longer.
+const MOST_WINDOW: u64 = 256 << 20;
+/// Bytes copied at a time where a tensor passes through.
+const COPY_BYTES: u64 = 1 << 20;
+
+/// What one block did.
+#[derive(Debug, Clone)]
+pub struct BlockReport {
+    /// Index into the plan's blocks.
+    pub block: usize,
+    /// One a solve, innermost first.
+    pub outcomes: Vec<SolveOutcome>,
+    /// From start to the last byte handed on.
+    pub seconds: f64,
+    /// Inputs read, re-reads included.
+    pub bytes_read: u64,
+    /// An integer tensor that other models have with other values.
+    pub differs_in: Option<String>,
+}
+
+/// Runs every unit of `plan`; the reports come back in the order of its blocks.
+///
+/// # Errors
+/// The first error of any block; the others are stopped at their next tile or iteration.
+pub fn run(
+    plan: &MergePlan,
+    inputs: &Arc<Inputs>,
+    writer: &CheckpointWriter,
+    progress: &Progress,
+    cancel: &AtomicBool,
+    drop_cache: bool,
+) -> Result<Vec<BlockReport>, MergeError> {
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(plan.limits.threads)
+        .thread_name(|k| format!("solver-{k}"))
+        .build()
+        .map_err(|error| MergeError::Unsupported {
+            what: format!("--threads {}: {error}", plan.limits.threads),
+            hint: "try fewer",
+        })?;
+    let available = plan.limits.max_memory.saturating_sub(plan.overhead_bytes);
+    let window = (plan.limits.max_memory / 4).clamp(LEAST_WINDOW, MOST_WINDOW);
+    let (sink, drain) = sink::channel(writer, budget::out_buffers(plan.limits.threads));
+    let position = prefetch::Position::default();
+    let state = Admission::new(available);
+    let engine = Engine { plan, inputs, progress, cancel, position: &position, drop_cache };
+
+    let (reports, written) = std::thread::scope(|threads| {
+        let drained = threads.spawn(|| {
+            let result = drain.run(writer);
+            if result.is_err() {
+                cancel.store(true, Ordering::Relaxed);
+            }
+            result
+        });
+        threads.spawn(|| prefetch::run(plan, inputs, &position, window));
+        let reports: Mutex<Vec<BlockReport>> = Mutex::new(Vec::with_capacity(plan.blocks.len()));
+        let failed: Mutex<Option<MergeError>> = Mutex::new(None);
+        let work = |unit: &Unit, threading: Threading| match engine.unit(unit, threading, &sink) {
+            Ok(mut found) => lock(&reports).append(&mut found),
+            Err(error) => {
+                // What is only a consequence of another error must not hide it.
+                let mut first = lock(&failed);
+                if first.is_none() || matches!(*first, Some(MergeError::Cancelled)) {
+                    *first = Some(error);
+                }
+                engine.cancel.store(true, Ordering::Relaxed);
+            }
+        };
+        let (work, state) = (&work, &state);
+        pool.in_place_scope(|scope| {
+            for unit in &plan.units {
+                state.admit(unit, plan.limits.threads);
+                if engine.cancel.load(Ordering::Relaxed) {
+                    state.release(unit);
+                    break;
+                }
+                if unit.large {
+                    pool.install(|| work(unit, Threading::Parallel));
+                    state.release(unit);
+                } else {
+                    scope.spawn(move |_| {
+                        work(unit, Threading::Sequential);
+                        state.release(unit);
+                    });
+                }
+            }
+        });
+        position.stop();
+        drop(sink);
+        let written = drained.join().unwrap_or(Err(MergeError::Cancelled));
+        let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let reports = reports.into_inner().unwrap_or_else(PoisonError::into_inner);
+        (failed.map_or(Ok(reports), Err), written)
+    });
+    // A write that failed stopped the blocks: it is the cause.
+    written?;
+    let mut reports = reports?;
+    if reports.len() != plan.blocks.len() {
+        return Err(MergeError::Cancelled);
+    }
+    reports.sort_by_key(|r| r.block);
+    Ok(reports)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Memory and places of the units in flight.
+struct Admission {
+    available: u64,
+    state: Mutex<InFlight>,
+    freed: Condvar,
+}
+
+#[derive(Default)]
+struct InFlight {
+    bytes: u64,
+    units: usize,
+}
+
+impl Admission {
+    fn new(available: u64) -> Self {
+        Self { available, state: Mutex::default(), freed: Condvar::new() }
+    }
+
+    /// Waits until `unit` fits beside what runs: a large one runs alone.
+    fn admit(&self, unit: &Unit, threads: usize) {
+        let mut state = lock(&self.state);
+        loop {
+            let fits = if unit.large {
+                state.units == 0
+            } else {
+                // One waiting behind each that runs keeps the pool busy.
+                state.units < 2 * threads && state.bytes + unit.memory_bytes <= self.available
+            };
+            if fits || state.units == 0 {
+                state.units += 1;
+                state.bytes += unit.memory_bytes;
+                return;
+            }
+            state = self.freed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn release(&self, unit: &Unit) {
+        let mut state = lock(&self.state);
+        state.units -= 1;
+        state.bytes -= unit.memory_bytes;
+        self.freed.notify_all();
+    }
+}
+
+struct Engine<'e> {
+    plan: &'e MergePlan,
+    inputs: &'e Arc<Inputs>,
+    progress: &'e Progress,
+    cancel: &'e AtomicBool,
+    position: &'e prefetch::Position,
+    drop_cache: bool,
+}
+
+impl Engine<'_> {
+    fn unit(&self, unit: &Unit, threading: Threading, sink: &sink::Sink<'_>) -> Result<Vec<BlockReport>, MergeError> {
+        let mut shared = Shared::default();
+        let mut reports = Vec::with_capacity(unit.blocks.len());
+        for index in &unit.blocks {
+            if self.cancel.load(Ordering::Relaxed) {
+                return Err(MergeError::Cancelled);
+            }
+            let block = &self.plan.blocks[*index];
+            self.progress.block_started(&block.name);
+            let started = Instant::now();
+            let tally = Tally::default();
+            let (outcomes, differs_in) = match &block.action {
+                Action::Copy { source, .. } => (Vec::new(), self.copy(*index, block, *source, sink, &tally)?),
+                Action::Merge { .. } => {
+                    (self.merge(*index, block, threading, unit.blocks.len() > 1, &mut shared, sink, &tally)?, None)
+                }
+            };
+            prefetch::release(self.inputs, block, self.drop_cache);
+            self.position.advance(block.read_bytes);
+            let report = BlockReport {
+                block: *index,
+                outcomes,
+                seconds: started.elapsed().as_secs_f64(),
+                bytes_read: tally.total(),
+                differs_in,
+            };
+            self.progress.bytes(report.bytes_read + block.write_bytes);
+            self.progress.block_finished(&block.name, &line(block, &report));
+            reports.push(report);
+        }
+        Ok(reports)
+    }
+
+    /// Passes a tensor through bit for bit. An integer tensor that another model has differently is told, not merged.
+    fn copy(
+        &self,
+        index: usize,
+        block: &BlockPlan,
+        source: usize,
+        sink: &sink::Sink<'_>,
+        tally: &Tally,
+    ) -> Result<Option<String>, MergeError> {
+        let inputs = self.inputs;
+        let find = |source| inputs.tensor(source, &block.name);
+        let meta = find(source).expect("the plan copies a tensor from a checkpoint that has it");
+        let others: Vec<usize> = if block.dtype.is_float() {
+            Vec::new()
+        } else {
+            inputs.models.iter().map(|m| m.source).filter(|s| *s != source && find(*s).is_some()).collect()
+        };
+        let mut differs_in = None;
+        let (mut scratch, mut other_scratch) = (Vec::new(), Vec::new());
+        for first in (0..meta.bytes).step_by(COPY_BYTES as usize) {
+            if self.cancel.load(Ordering::Relaxed) {
+                return Err(MergeError::Cancelled);
+            }
+            let range = first..(first + COPY_BYTES).min(meta.bytes);
+            let bytes = inputs.checkpoints[source].read(meta, range.clone(), &mut scratch)?;
+            tally.add(range.end - range.start);
+            sink.write_bytes(index, first, bytes)?;
+            for other in &others {
+                let Some(theirs) = find(*other) else { continue };
+                let same = theirs.dtype == meta.dtype
+                    && inputs.checkpoints[*other].read(theirs, range.clone(), &mut other_scratch)? == bytes;
+                if !same && differs_in.is_none() {
+                    differs_in = Some(inputs.names[*other].clone());
+                }
+            }
+        }
+        Ok(differs_in)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one call site; the block, its surroundings and where it goes")]
+    fn merge(
+        &self,
+        index: usize,
+        block: &BlockPlan,
+        threading: Threading,
+        share: bool,
+        shared: &mut Shared,
+        sink: &sink::Sink<'_>,
+        tally: &Tally,
+    ) -> Result<Vec<SolveOutcome>, MergeError> {
+        let Action::Merge { recipe, strategy } = &block.action else {
+            unreachable!("copies are handled before")
+        };
+        let observe = |step: &IterationRecord| {
+            self.progress.iteration(&block.name, step.iteration as u64, step.relative_residual);
+        };
+        let context = BlockContext {
+            inputs: self.inputs,
+            tensor: &block.name,
+            shape: block.block,
+            threading,
+            tally,
+            cancel: self.cancel,
+            observe: &observe,
+        };
+        let wide = block.dtype == Dtype::F64;
+        if *strategy == Strategy::Elements {
+            // Straight from the cache that computed them: a second thread would only move them to another one.
+            return merge_block(&context, recipe, strategy, wide, share, shared, &|first, values| {
+                thread_local! {
+                    static BUFFER: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
+                }
+                BUFFER.with_borrow_mut(|buffer| sink.write(index, block.dtype, first, values, buffer))
+            });
+        }
+        merge_block(&context, recipe, strategy, wide, share, shared, &|first, values| {
+            sink.queue(index, block.dtype, first, values)
+        })
+    }
+}
+
+/// One plain line about a finished block.
+fn line(block: &BlockPlan, report: &BlockReport) -> String {
+    let mut line = block.summary();
+    if let Some(outcome) = report.outcomes.last() {
+        if let Some(iterations) = outcome.iterations {
+            line += &format!(", {iterations} iterations");
+        }
+        if let Some(residual) = outcome.final_relative_residual {
+            line += &format!(", residual {residual:.1e}");
+        }
+        line += &format!(", {}", outcome.stop.name());
+    }
+    format!("{line}, {:.2} s", report.seconds)
+}

@@ -1,0 +1,117 @@
+//! From computed values to bytes in the output: encoding, and the bounded queue to the writer.
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+
+use crate::kernel::Real;
+use crate::merge::MergeError;
+use crate::merge::block::Values;
+use crate::plan::budget::OUT_BUFFER_BYTES;
+use crate::read::Dtype;
+use crate::write::CheckpointWriter;
+
+/// Elements encoded at a time: 512 KiB of f64.
+const PIECE: usize = OUT_BUFFER_BYTES / 8;
+
+/// Encoded values on their way to the writer thread.
+pub(super) struct Job {
+    tensor: usize,
+    offset: u64,
+    bytes: Vec<u8>,
+}
+
+/// Hands tiles to the writer. A fixed number of buffers goes round; when all are on their way the producers wait.
+pub(super) struct Sink<'w> {
+    writer: &'w CheckpointWriter,
+    jobs: Sender<Job>,
+    free: Receiver<Vec<u8>>,
+}
+
+/// The writer thread's end.
+pub(super) struct Drain {
+    jobs: Receiver<Job>,
+    free: Sender<Vec<u8>>,
+}
+
+/// Both ends, with `buffers` buffers between them.
+pub(super) fn channel(writer: &CheckpointWriter, buffers: usize) -> (Sink<'_>, Drain) {
+    let (jobs_in, jobs_out) = bounded(buffers);
+    let (free_in, free_out) = bounded(buffers);
+    for _ in 0..buffers {
+        free_in.send(Vec::new()).expect("both ends are in hand");
+    }
+    (Sink { writer, jobs: jobs_in, free: free_out }, Drain { jobs: jobs_out, free: free_in })
+}
+
+impl Sink<'_> {
+    /// Encodes values and queues them: a solver goes on while the bytes are written.
+    pub fn queue(&self, tensor: usize, dtype: Dtype, first: usize, values: Values<'_>) -> Result<(), MergeError> {
+        match values {
+            Values::F32(values) => self.queue_typed(tensor, dtype, first, values),
+            Values::F64(values) => self.queue_typed(tensor, dtype, first, values),
+        }
+    }
+
+    fn queue_typed<T: Real>(&self, tensor: usize, dtype: Dtype, first: usize, values: &[T]) -> Result<(), MergeError> {
+        let width = dtype.float_bytes().unwrap_or(0);
+        for (k, values) in values.chunks(PIECE).enumerate() {
+            let mut bytes = self.free.recv().map_err(|_| MergeError::Cancelled)?;
+            bytes.resize(values.len() * width, 0);
+            T::encode(dtype, values, &mut bytes);
+            let offset = ((first + k * PIECE) * width) as u64;
+            self.jobs.send(Job { tensor, offset, bytes }).map_err(|_| MergeError::Cancelled)?;
+        }
+        Ok(())
+    }
+
+    /// Encodes values and writes them at once, while they are in this core's cache: merges that only stream.
+    pub fn write(
+        &self,
+        tensor: usize,
+        dtype: Dtype,
+        first: usize,
+        values: Values<'_>,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), MergeError> {
+        match values {
+            Values::F32(values) => self.write_typed(tensor, dtype, first, values, buffer),
+            Values::F64(values) => self.write_typed(tensor, dtype, first, values, buffer),
+        }
+    }
+
+    fn write_typed<T: Real>(
+        &self,
+        tensor: usize,
+        dtype: Dtype,
+        first: usize,
+        values: &[T],
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), MergeError> {
+        let width = dtype.float_bytes().unwrap_or(0);
+        for (k, values) in values.chunks(PIECE).enumerate() {
+            buffer.resize(values.len() * width, 0);
+            T::encode(dtype, values, buffer);
+            self.write_bytes(tensor, ((first + k * PIECE) * width) as u64, buffer)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes as they are.
+    pub fn write_bytes(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<(), MergeError> {
+        Ok(self.writer.write_at(tensor, offset, bytes)?)
+    }
+}
+
+impl Drain {
+    /// Writes until every sink is gone.
+    ///
+    /// # Errors
+    /// The first write that fails; what is queued behind it is dropped.
+    pub fn run(self, writer: &CheckpointWriter) -> Result<(), MergeError> {
+        for job in self.jobs {
+            writer.write_at(job.tensor, job.offset, &job.bytes)?;
+            // The pool takes its buffer back; at the end nobody waits for it.
+            let _ = self.free.send(job.bytes);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,24 @@
+//! The output directory, from the claim to the last rename.
+//!
+//! The engine claims a directory ([`OutputDir`]), opens a [`CheckpointWriter`] on a planned layout,
+//! writes tensor bytes at their places from any thread, and finishes. Until then everything carries a
+//! temporary name; a run that fails or is dropped leaves nothing behind. What a name in the directory
+//! promises (contract §4):
+//!
+//! 1. side files (config, tokenizer, model card), then shards: each complete and on disk before its
+//!    rename;
+//! 2. the index: every shard has its final name;
+//! 3. `merge_report.json`: the directory is complete.
+//!
+//! Output is never mapped into memory: a full disk has to be an error, not a signal. Nothing here
+//! computes, encodes a dtype or decides a layout.
+
+mod error;
+mod output_dir;
+mod shard;
+mod side;
+
+pub use error::{ExitClass, OverInput, WriteError};
+pub use output_dir::OutputDir;
+pub use shard::{CheckpointWriter, WrittenCheckpoint, WrittenFile};
+pub use side::{SideContent, SideFile, copy_side_files, patch_config, torch_dtype_name};
