@@ -30,20 +30,13 @@ impl Matrix {
 
     /// `self · weightᵀ`, as every Linear without a bias: `[tokens, in]` to `[tokens, out]`.
     fn linear(&self, weight: &Matrix) -> Matrix {
-        let values = (0..self.rows)
-            .flat_map(|t| (0..weight.rows).map(move |o| dot(self.row(t), weight.row(o))));
-        Matrix {
-            rows: self.rows,
-            columns: weight.rows,
-            values: values.collect(),
-        }
+        let values =
+            (0..self.rows).flat_map(|t| (0..weight.rows).map(move |o| dot(self.row(t), weight.row(o))));
+        Matrix { rows: self.rows, columns: weight.rows, values: values.collect() }
     }
 
     fn add(&mut self, other: &Matrix) {
-        self.values
-            .iter_mut()
-            .zip(&other.values)
-            .for_each(|(x, y)| *x += y);
+        self.values.iter_mut().zip(&other.values).for_each(|(x, y)| *x += y);
     }
 }
 
@@ -58,52 +51,37 @@ impl Tensors {
     /// Adds one safetensors file. A vector becomes one row; integers become f32, exact for token ids and labels.
     fn load(&mut self, path: &Path) -> Fallible<()> {
         let bytes = fs::read(path).map_err(|e| format!("{}: {e}", path.display()))?;
-        let file =
-            SafeTensors::deserialize(&bytes).map_err(|e| format!("{}: {e}", path.display()))?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|e| format!("{}: {e}", path.display()))?;
         for (name, view) in file.tensors() {
             let data = view.data();
             let values = match view.dtype() {
-                Dtype::F32 => data
-                    .chunks_exact(4)
-                    .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                    .collect(),
+                Dtype::F32 => {
+                    data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+                }
                 Dtype::I32 => data
                     .chunks_exact(4)
                     .map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]) as f32)
                     .collect(),
-                Dtype::BF16 => data
-                    .chunks_exact(2)
-                    .map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())
-                    .collect(),
-                Dtype::F16 => data
-                    .chunks_exact(2)
-                    .map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32())
-                    .collect(),
+                Dtype::BF16 => {
+                    data.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
+                }
+                Dtype::F16 => {
+                    data.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
+                }
                 Dtype::I64 => continue, // the position buffer, which the forward pass does not use
                 other => {
-                    return Err(
-                        format!("{}: tensor `{name}` has dtype {other:?}", path.display()).into(),
-                    );
+                    return Err(format!("{}: tensor `{name}` has dtype {other:?}", path.display()).into());
                 }
             };
             let columns = view.shape().last().copied().unwrap_or(1);
             let rows = view.shape().iter().rev().skip(1).product();
-            self.0.insert(
-                name,
-                Matrix {
-                    rows,
-                    columns,
-                    values,
-                },
-            );
+            self.0.insert(name, Matrix { rows, columns, values });
         }
         Ok(())
     }
 
     fn take(&mut self, name: &str) -> Fallible<Matrix> {
-        self.0
-            .remove(name)
-            .ok_or_else(|| format!("tensor `{name}` is missing").into())
+        self.0.remove(name).ok_or_else(|| format!("tensor `{name}` is missing").into())
     }
 
     /// As `take`, refusing another shape: the loops of the forward pass rely on it.
@@ -111,9 +89,7 @@ impl Tensors {
         let found = self.take(name)?;
         if (found.rows, found.columns) != (rows, columns) {
             let (r, c) = (found.rows, found.columns);
-            return Err(
-                format!("tensor `{name}` is [{r}, {c}], expected [{rows}, {columns}]").into(),
-            );
+            return Err(format!("tensor `{name}` is [{r}, {c}], expected [{rows}, {columns}]").into());
         }
         Ok(found)
     }
@@ -148,35 +124,22 @@ impl Encoder {
     fn load(directory: &Path) -> Fallible<Self> {
         let config = read_json(&directory.join("config.json"))?;
         let integer = |key: &str| -> Fallible<usize> {
-            let value = config[key]
-                .as_u64()
-                .ok_or_else(|| format!("config.json: `{key}` is no integer"))?;
+            let value = config[key].as_u64().ok_or_else(|| format!("config.json: `{key}` is no integer"))?;
             Ok(usize::try_from(value)?)
         };
         let mut tensors = Tensors(HashMap::new());
         for shard in shards(directory)? {
             tensors.load(&shard)?;
         }
-        let (d, ff, heads, head_size) = (
-            integer("d_model")?,
-            integer("d_ff")?,
-            integer("num_heads")?,
-            integer("d_kv")?,
-        );
-        let (inner, buckets) = (
-            heads * head_size,
-            integer("relative_attention_num_buckets")?,
-        );
+        let (d, ff, heads, head_size) =
+            (integer("d_model")?, integer("d_ff")?, integer("num_heads")?, integer("d_kv")?);
+        let (inner, buckets) = (heads * head_size, integer("relative_attention_num_buckets")?);
         let bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
         let relative_bias = tensors.shaped(bias, buckets, heads)?;
         let mut blocks = Vec::new();
         for index in 0..integer("num_layers")? {
             let mut part = |name: &str, rows, columns| {
-                tensors.shaped(
-                    &format!("encoder.block.{index}.layer.{name}.weight"),
-                    rows,
-                    columns,
-                )
+                tensors.shaped(&format!("encoder.block.{index}.layer.{name}.weight"), rows, columns)
             };
             blocks.push(Block {
                 attention_norm: part("0.layer_norm", 1, d)?,
@@ -206,30 +169,18 @@ impl Encoder {
     ///
     /// Leaving padding out is the same as masking it: no other token would attend to it.
     fn pooled(&self, ids: &[usize]) -> Fallible<Vec<f32>> {
-        let mut x = Matrix {
-            rows: ids.len(),
-            columns: self.embedding.columns,
-            values: Vec::new(),
-        };
+        let mut x = Matrix { rows: ids.len(), columns: self.embedding.columns, values: Vec::new() };
         for &id in ids {
             if id >= self.embedding.rows {
-                return Err(format!(
-                    "token id {id}, but the vocabulary has {}",
-                    self.embedding.rows
-                )
-                .into());
+                return Err(format!("token id {id}, but the vocabulary has {}", self.embedding.rows).into());
             }
             x.values.extend_from_slice(self.embedding.row(id));
         }
         for block in &self.blocks {
             let normal = self.norm(&x, &block.attention_norm);
             x.add(&self.attend(block, &normal).linear(&block.output));
-            let mut wide = self
-                .norm(&x, &block.feed_forward_norm)
-                .linear(&block.expand);
-            wide.values
-                .iter_mut()
-                .for_each(|value| *value = value.max(0.0));
+            let mut wide = self.norm(&x, &block.feed_forward_norm).linear(&block.expand);
+            wide.values.iter_mut().for_each(|value| *value = value.max(0.0));
             x.add(&wide.linear(&block.contract));
         }
         let hidden = self.norm(&x, &self.final_norm);
@@ -242,35 +193,16 @@ impl Encoder {
     fn norm(&self, x: &Matrix, weight: &Matrix) -> Matrix {
         let mut values = Vec::with_capacity(x.values.len());
         for t in 0..x.rows {
-            let scale = (dot(x.row(t), x.row(t)) / x.columns as f32 + self.epsilon)
-                .sqrt()
-                .recip();
-            values.extend(
-                x.row(t)
-                    .iter()
-                    .zip(&weight.values)
-                    .map(|(v, w)| w * (v * scale)),
-            );
+            let scale = (dot(x.row(t), x.row(t)) / x.columns as f32 + self.epsilon).sqrt().recip();
+            values.extend(x.row(t).iter().zip(&weight.values).map(|(v, w)| w * (v * scale)));
         }
-        Matrix {
-            rows: x.rows,
-            columns: x.columns,
-            values,
-        }
+        Matrix { rows: x.rows, columns: x.columns, values }
     }
 
     /// The heads' mixed values `[tokens, heads·head_size]`, before the output projection.
     fn attend(&self, block: &Block, x: &Matrix) -> Matrix {
-        let (q, k, v) = (
-            x.linear(&block.query),
-            x.linear(&block.key),
-            x.linear(&block.value),
-        );
-        let mut mixed = Matrix {
-            rows: x.rows,
-            columns: q.columns,
-            values: vec![0.0; q.values.len()],
-        };
+        let (q, k, v) = (x.linear(&block.query), x.linear(&block.key), x.linear(&block.value));
+        let mut mixed = Matrix { rows: x.rows, columns: q.columns, values: vec![0.0; q.values.len()] };
         for head in 0..self.heads {
             let part = head * self.head_size..(head + 1) * self.head_size;
             for t in 0..x.rows {
@@ -301,8 +233,7 @@ impl Encoder {
         if distance < exact {
             return side + distance;
         }
-        let growth =
-            (distance as f32 / exact as f32).ln() / (self.max_distance as f32 / exact as f32).ln();
+        let growth = (distance as f32 / exact as f32).ln() / (self.max_distance as f32 / exact as f32).ln();
         side + (exact + (growth * (half - exact) as f32) as usize).min(half - 1)
     }
 }
@@ -314,9 +245,7 @@ fn shards(directory: &Path) -> Fallible<Vec<PathBuf>> {
         return Ok(vec![directory.join("model.safetensors")]);
     }
     let json = read_json(&index)?;
-    let map = json["weight_map"]
-        .as_object()
-        .ok_or("the index has no weight_map")?;
+    let map = json["weight_map"].as_object().ok_or("the index has no weight_map")?;
     let names: BTreeSet<&str> = map.values().filter_map(|v| v.as_str()).collect();
     Ok(names.iter().map(|name| directory.join(name)).collect())
 }
@@ -338,19 +267,11 @@ fn accuracy(encoder: &Encoder, file: &Path, split: &str) -> Fallible<f64> {
     let right: Result<Vec<bool>, String> = (0..ids.rows)
         .into_par_iter()
         .map(|example| {
-            let tokens: Vec<usize> = ids
-                .row(example)
-                .iter()
-                .map(|&id| id as usize)
-                .filter(|&id| id != 0)
-                .collect();
+            let tokens: Vec<usize> =
+                ids.row(example).iter().map(|&id| id as usize).filter(|&id| id != 0).collect();
             let state = encoder.pooled(&tokens).map_err(|e| e.to_string())?;
-            let logits =
-                (0..head.rows).map(|class| dot(&state, head.row(class)) + bias.values[class]);
-            let guess = logits
-                .enumerate()
-                .max_by(|a, b| a.1.total_cmp(&b.1))
-                .map(|(class, _)| class);
+            let logits = (0..head.rows).map(|class| dot(&state, head.row(class)) + bias.values[class]);
+            let guess = logits.enumerate().max_by(|a, b| a.1.total_cmp(&b.1)).map(|(class, _)| class);
             Ok(guess == Some(labels.values[example] as usize))
         })
         .collect();
@@ -376,24 +297,15 @@ fn main() -> Fallible<()> {
     if split != "test" && split != "validation" {
         return Err(format!("--split is `{split}`, expected test or validation").into());
     }
-    let encoder = Encoder::load(
-        &model.ok_or("usage: evaluate DIR [--split test|validation] [--eval DIR] [--json]")?,
-    )?;
+    let encoder =
+        Encoder::load(&model.ok_or("usage: evaluate DIR [--split test|validation] [--eval DIR] [--json]")?)?;
     let entries = fs::read_dir(&eval).map_err(|e| format!("{}: {e}", eval.display()))?;
-    let mut files: Vec<PathBuf> = entries
-        .map(|entry| entry.map(|e| e.path()))
-        .collect::<Result<_, _>>()?;
-    files.retain(|file| {
-        file.extension()
-            .is_some_and(|extension| extension == "safetensors")
-    });
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.map(|e| e.path())).collect::<Result<_, _>>()?;
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "safetensors"));
     files.sort();
     let mut results: Vec<(String, f64)> = Vec::new();
     for file in &files {
-        let task = file
-            .file_stem()
-            .map(|stem| stem.to_string_lossy().into_owned())
-            .unwrap_or_default();
+        let task = file.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
         results.push((task, accuracy(&encoder, file, &split)?));
     }
     if results.is_empty() {
@@ -402,15 +314,11 @@ fn main() -> Fallible<()> {
     let mean = results.iter().map(|(_, value)| value).sum::<f64>() / results.len() as f64;
     results.push(("mean".to_owned(), mean));
     if json {
-        let object: serde_json::Map<_, _> = results
-            .into_iter()
-            .map(|(task, value)| (task, value.into()))
-            .collect();
+        let object: serde_json::Map<_, _> =
+            results.into_iter().map(|(task, value)| (task, value.into())).collect();
         println!("{}", serde_json::Value::Object(object));
     } else {
-        results
-            .iter()
-            .for_each(|(task, value)| println!("{task} {value:.4}"));
+        results.iter().for_each(|(task, value)| println!("{task} {value:.4}"));
     }
     Ok(())
 }

@@ -215,9 +215,7 @@ pub enum SizeError {
     #[error("more bytes than 64 bits can count")]
     Overflow,
     /// Letters that are no unit.
-    #[error(
-        "unknown unit `{unit}` (expected kB, MB, GB, TB, KiB, MiB, GiB or TiB, or none for bytes)"
-    )]
+    #[error("unknown unit `{unit}` (expected kB, MB, GB, TB, KiB, MiB, GiB or TiB, or none for bytes)")]
     UnknownUnit { unit: String },
 }
 
@@ -231,9 +229,7 @@ pub fn parse_size(text: &str) -> Result<u64, SizeError> {
     if text.starts_with('-') {
         return Err(SizeError::Negative);
     }
-    let end = text
-        .find(|c: char| !(c.is_ascii_digit() || c == '.'))
-        .unwrap_or(text.len());
+    let end = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
     let (number, unit) = text.split_at(end);
     let (whole, fraction) = match number.split_once('.') {
         Some((_, "")) => return Err(SizeError::NotANumber),
@@ -255,25 +251,18 @@ pub fn parse_size(text: &str) -> Result<u64, SizeError> {
         "gib" => 1 << 30,
         "tib" => 1 << 40,
         _ if unit.starts_with(|c: char| c.is_ascii_alphabetic()) => {
-            return Err(SizeError::UnknownUnit {
-                unit: unit.chars().take(16).collect(),
-            });
+            return Err(SizeError::UnknownUnit { unit: unit.chars().take(16).collect() });
         }
         _ => return Err(SizeError::NotANumber),
     };
     let whole: u128 = whole.parse().map_err(|_| SizeError::Overflow)?;
     // Exact: 1.1GB is 1100000000 bytes, which a float would miss. Digits past the 18th are less than a byte.
     let fraction = &fraction[..fraction.len().min(18)];
-    let numerator: u128 = if fraction.is_empty() {
-        0
-    } else {
-        fraction.parse().map_err(|_| SizeError::NotANumber)?
-    };
+    let numerator: u128 =
+        if fraction.is_empty() { 0 } else { fraction.parse().map_err(|_| SizeError::NotANumber)? };
     let part = numerator * factor / 10_u128.pow(fraction.len() as u32);
-    let bytes = whole
-        .checked_mul(factor)
-        .and_then(|bytes| bytes.checked_add(part))
-        .ok_or(SizeError::Overflow)?;
+    let bytes =
+        whole.checked_mul(factor).and_then(|bytes| bytes.checked_add(part)).ok_or(SizeError::Overflow)?;
     match u64::try_from(bytes) {
         Ok(0) => Err(SizeError::Zero),
         Ok(bytes) => Ok(bytes),
@@ -334,9 +323,7 @@ mod tests {
         ] {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
-        let unknown = |unit: &str| SizeError::UnknownUnit {
-            unit: unit.to_owned(),
-        };
+        let unknown = |unit: &str| SizeError::UnknownUnit { unit: unit.to_owned() };
         for (text, error) in [
             ("", SizeError::NotANumber),
             ("GiB", SizeError::NotANumber),
@@ -359,14 +346,8 @@ mod tests {
             ("-8GiB", SizeError::Negative),
             ("18446744073709551616", SizeError::Overflow),
             ("16777216TiB", SizeError::Overflow),
-            (
-                "340282366920938463463374607431768211456",
-                SizeError::Overflow,
-            ),
-            (
-                "340282366920938463463374607431768211455TiB",
-                SizeError::Overflow,
-            ),
+            ("340282366920938463463374607431768211456", SizeError::Overflow),
+            ("340282366920938463463374607431768211455TiB", SizeError::Overflow),
         ] {
             assert_eq!(parse_size(text), Err(error), "{text}");
         }
@@ -377,22 +358,10 @@ mod tests {
         let Command::Merge(args) = parse("merge c.yml --out d").expect("valid").command else {
             unreachable!("merge was typed")
         };
-        assert_eq!(
-            (args.config, args.out),
-            (PathBuf::from("c.yml"), Some(PathBuf::from("d")))
-        );
-        assert_eq!(
-            (args.resources.max_memory, args.resources.threads),
-            (None, 0)
-        );
-        assert_eq!(
-            (args.resources.out_shard_size, args.resources.io),
-            (5_000_000_000, IoMode::Mmap)
-        );
-        assert_eq!(
-            (args.seed, args.nonfinite, args.progress),
-            (0, Nonfinite::Error, ProgressMode::Auto)
-        );
+        assert_eq!((args.config, args.out), (PathBuf::from("c.yml"), Some(PathBuf::from("d"))));
+        assert_eq!((args.resources.max_memory, args.resources.threads), (None, 0));
+        assert_eq!((args.resources.out_shard_size, args.resources.io), (5_000_000_000, IoMode::Mmap));
+        assert_eq!((args.seed, args.nonfinite, args.progress), (0, Nonfinite::Error, ProgressMode::Auto));
         assert!(!args.require_convergence && !args.resources.untie && !args.dry_run);
 
         let all = "merge c.yml --out d --max-memory 8GiB --threads 3 --out-shard-size 1MB --io pread \
@@ -400,21 +369,10 @@ mod tests {
                    --progress none --log-level debug";
         let cli = parse(all).expect("valid");
         assert_eq!(cli.log_level, LogLevel::Debug);
-        let Command::Merge(args) = cli.command else {
-            unreachable!("merge was typed")
-        };
-        assert_eq!(
-            (args.resources.max_memory, args.resources.threads),
-            (Some(8 << 30), 3)
-        );
-        assert_eq!(
-            (args.resources.out_shard_size, args.resources.io),
-            (1_000_000, IoMode::Pread)
-        );
-        assert_eq!(
-            (args.seed, args.nonfinite, args.progress),
-            (7, Nonfinite::Propagate, ProgressMode::None)
-        );
+        let Command::Merge(args) = cli.command else { unreachable!("merge was typed") };
+        assert_eq!((args.resources.max_memory, args.resources.threads), (Some(8 << 30), 3));
+        assert_eq!((args.resources.out_shard_size, args.resources.io), (1_000_000, IoMode::Pread));
+        assert_eq!((args.seed, args.nonfinite, args.progress), (7, Nonfinite::Propagate, ProgressMode::None));
         assert!(args.require_convergence && args.resources.untie && args.dry_run);
     }
 

@@ -39,11 +39,7 @@ fn write_round(round: &Round, out: &mut String, prefix: &str) {
     let solver = &round.solver;
     let _ = writeln!(out, "{prefix}solver.method = {}", solver.method.name());
     if let Some(preconditioner) = solver.preconditioner {
-        let _ = writeln!(
-            out,
-            "{prefix}solver.preconditioner = {}",
-            preconditioner.name()
-        );
+        let _ = writeln!(out, "{prefix}solver.preconditioner = {}", preconditioner.name());
     }
     if let Some(max_iterations) = solver.max_iterations {
         let _ = writeln!(out, "{prefix}solver.max_iterations = {max_iterations}");
@@ -53,9 +49,7 @@ fn write_round(round: &Round, out: &mut String, prefix: &str) {
             let _ = writeln!(out, "{prefix}solver.{name} = {number:?}");
         }
     }
-    round
-        .parameters
-        .write_canonical(out, &format!("{prefix}parameters."));
+    round.parameters.write_canonical(out, &format!("{prefix}parameters."));
     for (i, parameters) in round.model_parameters.iter().enumerate() {
         parameters.write_canonical(out, &format!("{prefix}models[{i}].parameters."));
     }

@@ -14,74 +14,36 @@ use super::yaml;
 pub enum ConfigError {
     /// The operating system refused to open or read the file.
     #[error("{}: cannot {doing} the config file", Shown(path))]
-    Io {
-        path: PathBuf,
-        doing: &'static str,
-        source: io::Error,
-    },
+    Io { path: PathBuf, doing: &'static str, source: io::Error },
 
     /// A directory, FIFO, socket or device where a file is needed.
     #[error("{}: is {found}, but a config must be a regular file", Shown(path))]
     NotRegular { path: PathBuf, found: &'static str },
 
     /// More than 1 MiB.
-    #[error(
-        "{}: is larger than {} bytes, the limit for a config",
-        Shown(path),
-        yaml::MAX_BYTES
-    )]
+    #[error("{}: is larger than {} bytes, the limit for a config", Shown(path), yaml::MAX_BYTES)]
     TooLarge { path: PathBuf },
 
     /// A byte sequence that is not UTF-8.
     #[error("{}:{line}: is not UTF-8 text (at byte {offset})", Shown(path))]
-    NotUtf8 {
-        path: PathBuf,
-        line: usize,
-        offset: usize,
-    },
+    NotUtf8 { path: PathBuf, line: usize, offset: usize },
 
     /// Not YAML: the parser's own words.
     #[error("{}:{line}: not valid YAML: {message} (column {column})", Shown(path))]
-    Syntax {
-        path: PathBuf,
-        line: usize,
-        column: usize,
-        message: String,
-    },
+    Syntax { path: PathBuf, line: usize, column: usize, message: String },
 
     /// YAML that is legal but larger, deeper or more self-referential than a config has reason to be.
-    #[error(
-        "{}:{line}: {what} is more than a config may have (at most {limit})",
-        Shown(path)
-    )]
-    Budget {
-        path: PathBuf,
-        line: usize,
-        what: &'static str,
-        limit: usize,
-    },
+    #[error("{}:{line}: {what} is more than a config may have (at most {limit})", Shown(path))]
+    Budget { path: PathBuf, line: usize, what: &'static str, limit: usize },
 
     /// YAML that is legal but that no config uses (a foreign tag, a mapping as a key, an alias inside its own
     /// anchor).
     #[error("{}:{line}: {}{what}", Shown(path), Prefix(key))]
-    Structure {
-        path: PathBuf,
-        line: usize,
-        key: String,
-        what: String,
-    },
+    Structure { path: PathBuf, line: usize, key: String, what: String },
 
     /// One key twice in the same mapping.
-    #[error(
-        "{}:{line}: {key}: duplicate key (first given at line {first_line})",
-        Shown(path)
-    )]
-    DuplicateKey {
-        path: PathBuf,
-        line: usize,
-        key: String,
-        first_line: usize,
-    },
+    #[error("{}:{line}: {key}: duplicate key (first given at line {first_line})", Shown(path))]
+    DuplicateKey { path: PathBuf, line: usize, key: String, first_line: usize },
 
     /// A key that nothing reads.
     #[error(
@@ -113,11 +75,7 @@ pub enum ConfigError {
     },
 
     /// A word of mergekit's or of a later version.
-    #[error(
-        "{}:{line}: {key}: {} is not supported in this version{instead}",
-        Shown(path),
-        Quoted(value)
-    )]
+    #[error("{}:{line}: {key}: {} is not supported in this version{instead}", Shown(path), Quoted(value))]
     Unsupported {
         path: PathBuf,
         line: usize,
@@ -129,45 +87,19 @@ pub enum ConfigError {
 
     /// A scalar where a list belongs, text where a number belongs.
     #[error("{}:{line}: {key}: expected {expected}, got {found}", Shown(path))]
-    WrongType {
-        path: PathBuf,
-        line: usize,
-        key: String,
-        found: String,
-        expected: &'static str,
-    },
+    WrongType { path: PathBuf, line: usize, key: String, found: String, expected: &'static str },
 
     /// A number outside its range, or not finite.
-    #[error(
-        "{}:{line}: {key}: expected {expected}, got {}",
-        Shown(path),
-        Quoted(value)
-    )]
-    OutOfRange {
-        path: PathBuf,
-        line: usize,
-        key: String,
-        value: String,
-        expected: &'static str,
-    },
+    #[error("{}:{line}: {key}: expected {expected}, got {}", Shown(path), Quoted(value))]
+    OutOfRange { path: PathBuf, line: usize, key: String, value: String, expected: &'static str },
 
     /// A key that is needed here and absent.
     #[error("{}:{line}: {key}: is missing: {why}", Shown(path))]
-    Missing {
-        path: PathBuf,
-        line: usize,
-        key: String,
-        why: String,
-    },
+    Missing { path: PathBuf, line: usize, key: String, why: String },
 
     /// A key that is known but has no meaning together with the rest of the config.
     #[error("{}:{line}: {key}: {why}", Shown(path))]
-    NotAllowed {
-        path: PathBuf,
-        line: usize,
-        key: String,
-        why: String,
-    },
+    NotAllowed { path: PathBuf, line: usize, key: String, why: String },
 }
 
 /// The known word that `word` was most likely meant to be; none if nothing is close.
@@ -225,11 +157,7 @@ struct Shown<'p>(&'p Path);
 impl fmt::Display for Shown<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for c in self.0.to_string_lossy().chars() {
-            if c.is_control() {
-                write!(f, "{}", c.escape_default())?
-            } else {
-                f.write_char(c)?
-            }
+            if c.is_control() { write!(f, "{}", c.escape_default())? } else { f.write_char(c)? }
         }
         Ok(())
     }
@@ -247,11 +175,7 @@ struct Prefix<'t>(&'t str);
 
 impl fmt::Display for Prefix<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.0.is_empty() {
-            Ok(())
-        } else {
-            write!(f, "{}: ", self.0)
-        }
+        if self.0.is_empty() { Ok(()) } else { write!(f, "{}: ", self.0) }
     }
 }
 

@@ -52,11 +52,7 @@ impl<'n> Scope<'n> {
         known: &[&'static str],
         belongs: impl Fn(&str) -> Option<&'static str>,
     ) -> Result<(), ConfigError> {
-        let Some(entry) = self
-            .entries
-            .iter()
-            .find(|entry| !known.contains(&entry.key.as_str()))
-        else {
+        let Some(entry) = self.entries.iter().find(|entry| !known.contains(&entry.key.as_str())) else {
             return Ok(());
         };
         Err(ConfigError::UnknownKey {
@@ -71,11 +67,7 @@ impl<'n> Scope<'n> {
 
     /// The error of a key that must be there.
     pub fn missing(&self, name: &str, why: &str) -> ConfigError {
-        let line = self
-            .entries
-            .iter()
-            .find(|entry| entry.key == name)
-            .map_or(self.line, |entry| entry.line);
+        let line = self.entries.iter().find(|entry| entry.key == name).map_or(self.line, |entry| entry.line);
         ConfigError::Missing {
             path: self.path.to_owned(),
             line,
@@ -88,21 +80,14 @@ impl<'n> Scope<'n> {
 impl<'n> Field<'n> {
     /// Where the value itself is written: behind an alias, in a long list or a block, not the key's line.
     pub fn value_line(&self) -> usize {
-        if self.node.line == 0 {
-            self.line
-        } else {
-            self.node.line
-        }
+        if self.node.line == 0 { self.line } else { self.node.line }
     }
 
     pub fn scope(&self, expected: &'static str) -> Result<Scope<'n>, ConfigError> {
         match &self.node.value {
-            Value::Mapping(entries) => Ok(Scope {
-                path: self.path,
-                key: self.key.clone(),
-                line: self.line,
-                entries,
-            }),
+            Value::Mapping(entries) => {
+                Ok(Scope { path: self.path, key: self.key.clone(), line: self.line, entries })
+            }
             _ => Err(self.wrong_type(expected)),
         }
     }
@@ -143,11 +128,7 @@ impl<'n> Field<'n> {
     }
 
     /// A finite number that `accepts`, which `expected` describes.
-    pub fn number(
-        &self,
-        accepts: impl Fn(f64) -> bool,
-        expected: &'static str,
-    ) -> Result<f64, ConfigError> {
+    pub fn number(&self, accepts: impl Fn(f64) -> bool, expected: &'static str) -> Result<f64, ConfigError> {
         let (text, number) = self.parse_number(expected)?;
         let (Number::Integer(number, _) | Number::Float(number)) = number;
         if number.is_finite() && accepts(number) {
@@ -236,9 +217,7 @@ impl<'n> Field<'n> {
         let Value::Scalar { text, plain: true } = &self.node.value else {
             return Err(self.wrong_type(expected));
         };
-        number(text)
-            .map(|number| (text.as_str(), number))
-            .ok_or_else(|| self.wrong_type(expected))
+        number(text).map(|number| (text.as_str(), number)).ok_or_else(|| self.wrong_type(expected))
     }
 }
 
@@ -247,9 +226,7 @@ impl<'n> Field<'n> {
 fn number(text: &str) -> Option<Number> {
     let radix = |digits: &str, radix| {
         let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_alphanumeric());
-        let integer = plain
-            .then(|| i128::from_str_radix(digits, radix).ok())
-            .flatten()?;
+        let integer = plain.then(|| i128::from_str_radix(digits, radix).ok()).flatten()?;
         Some(Number::Integer(integer as f64, Some(integer)))
     };
     if let Some(digits) = text.strip_prefix("0x") {
@@ -271,8 +248,7 @@ fn number(text: &str) -> Option<Number> {
     }
     // `parse` would take `inf`, `nan` and `infinity` too, which are words in YAML.
     if !unsigned.starts_with(|c: char| c.is_ascii_digit() || c == '.')
-        || unsigned
-            .contains(|c: char| !(c.is_ascii_digit() || matches!(c, '.' | 'e' | 'E' | '+' | '-')))
+        || unsigned.contains(|c: char| !(c.is_ascii_digit() || matches!(c, '.' | 'e' | 'E' | '+' | '-')))
     {
         return None;
     }
@@ -312,8 +288,8 @@ mod tests {
         }
         assert!(value(".nan").is_some_and(f64::is_nan));
         for text in [
-            "", "inf", "nan", "infinity", "1_000", "0x", "0xg", "0x+1", "1e", ".", "--1", "1 2",
-            "-.nan", "one",
+            "", "inf", "nan", "infinity", "1_000", "0x", "0xg", "0x+1", "1e", ".", "--1", "1 2", "-.nan",
+            "one",
         ] {
             assert_eq!(value(text), None, "{text}");
         }

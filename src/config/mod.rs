@@ -21,8 +21,8 @@ use std::path::Path;
 pub use error::ConfigError;
 pub use parameters::Parameters;
 pub use schema::{
-    DeltaScale, Initial, MergeConfig, Method, ModelEntry, ModelPath, OutDtype, PCG_RIDGE,
-    PreconditionerKind, Round, SolverConfig, SolverMethod, Subspace, TASK_VECTOR_RIDGE, Unmatched,
+    DeltaScale, Initial, MergeConfig, Method, ModelEntry, ModelPath, OutDtype, PCG_RIDGE, PreconditionerKind,
+    Round, SolverConfig, SolverMethod, Subspace, TASK_VECTOR_RIDGE, Unmatched,
 };
 
 impl MergeConfig {
@@ -44,9 +44,7 @@ impl MergeConfig {
     /// As [`MergeConfig::load`]; a text longer than a config file may be is refused too.
     pub fn parse(path: &Path, text: String) -> Result<Self, ConfigError> {
         if text.len() > yaml::MAX_BYTES {
-            return Err(ConfigError::TooLarge {
-                path: path.to_owned(),
-            });
+            return Err(ConfigError::TooLarge { path: path.to_owned() });
         }
         let root = yaml::parse(path, &text)?;
         parse::config(path, text, root.as_ref())

@@ -38,9 +38,7 @@ impl Parameters {
     /// given as a filter list of which nothing matches.
     pub fn number(&self, name: &str, tensor: &str, t: f64) -> Option<f64> {
         match &self.entries.get(name)?.value {
-            ParameterValue::Number(rules) => {
-                first_match(rules, tensor).map(|points| interpolate(points, t))
-            }
+            ParameterValue::Number(rules) => first_match(rules, tensor).map(|points| interpolate(points, t)),
             ParameterValue::Boolean(_) => None,
         }
     }
@@ -94,11 +92,7 @@ impl Parameters {
     /// Those entries whose name `keep` wants.
     pub(super) fn filtered(&self, keep: impl Fn(&str) -> bool) -> Self {
         let kept = self.entries.iter().filter(|(name, _)| keep(name));
-        Self {
-            entries: kept
-                .map(|(&name, parameter)| (name, parameter.clone()))
-                .collect(),
-        }
+        Self { entries: kept.map(|(&name, parameter)| (name, parameter.clone())).collect() }
     }
 
     /// Appends `{prefix}{name} = value` lines; line numbers do not enter.
@@ -125,20 +119,14 @@ fn write_rules<T: fmt::Debug>(out: &mut String, rules: &[Rule<T>]) {
 }
 
 fn first_match<'r, T>(rules: &'r [Rule<T>], tensor: &str) -> Option<&'r [T]> {
-    let rule = rules.iter().find(|rule| {
-        rule.filter
-            .as_deref()
-            .is_none_or(|filter| tensor.contains(filter))
-    })?;
+    let rule =
+        rules.iter().find(|rule| rule.filter.as_deref().is_none_or(|filter| tensor.contains(filter)))?;
     Some(&rule.points)
 }
 
 fn uniform<T: Copy>(rules: &[Rule<T>]) -> Option<T> {
     match rules.first()? {
-        Rule {
-            filter: None,
-            points,
-        } if points.len() == 1 => points.first().copied(),
+        Rule { filter: None, points } if points.len() == 1 => points.first().copied(),
         _ => None,
     }
 }
@@ -186,26 +174,15 @@ pub(super) enum Range {
 
 impl ParameterSpec {
     pub const fn number(name: &'static str, range: Range) -> Self {
-        Self {
-            name,
-            kind: ParameterKind::Number(range),
-            per_model: false,
-        }
+        Self { name, kind: ParameterKind::Number(range), per_model: false }
     }
 
     pub const fn boolean(name: &'static str) -> Self {
-        Self {
-            name,
-            kind: ParameterKind::Boolean,
-            per_model: false,
-        }
+        Self { name, kind: ParameterKind::Boolean, per_model: false }
     }
 
     pub const fn per_model(self) -> Self {
-        Self {
-            per_model: true,
-            ..self
-        }
+        Self { per_model: true, ..self }
     }
 }
 

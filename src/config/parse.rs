@@ -6,12 +6,10 @@ use std::path::{Path, PathBuf};
 
 use super::error::ConfigError;
 use super::fields::{Field, Scope};
-use super::parameters::{
-    Parameter, ParameterKind, ParameterSpec, ParameterValue, Parameters, Rule,
-};
+use super::parameters::{Parameter, ParameterKind, ParameterSpec, ParameterValue, Parameters, Rule};
 use super::schema::{
-    Initial, MergeConfig, Method, ModelEntry, ModelPath, Round, SolverConfig, SolverMethod,
-    Subspace, Unmatched, Words,
+    Initial, MergeConfig, Method, ModelEntry, ModelPath, Round, SolverConfig, SolverMethod, Subspace,
+    Unmatched, Words,
 };
 use super::yaml::{Node, Value, join};
 
@@ -30,22 +28,9 @@ const TOP_KEYS: &[&str] = &[
     "tokenizer_source",
     "name",
 ];
-const NESTED_KEYS: &[&str] = &[
-    "merge_method",
-    "parameters",
-    "subspace",
-    "initial",
-    "solver",
-    "unmatched",
-];
+const NESTED_KEYS: &[&str] = &["merge_method", "parameters", "subspace", "initial", "solver", "unmatched"];
 const MODEL_KEYS: &[&str] = &["model", "statistics", "parameters"];
-const SOLVER_KEYS: &[&str] = &[
-    "method",
-    "preconditioner",
-    "max_iterations",
-    "tolerance",
-    "ridge",
-];
+const SOLVER_KEYS: &[&str] = &["method", "preconditioner", "max_iterations", "tolerance", "ridge"];
 const RULE_KEYS: &[&str] = &["filter", "value"];
 
 /// Keys with a meaning in mergekit or in the contract that this version does not carry out.
@@ -88,63 +73,29 @@ struct Shared<'s> {
     written: &'s [Option<Field<'s>>],
 }
 
-pub(super) fn config(
-    path: &Path,
-    text: String,
-    root: Option<&Node>,
-) -> Result<MergeConfig, ConfigError> {
+pub(super) fn config(path: &Path, text: String, root: Option<&Node>) -> Result<MergeConfig, ConfigError> {
     let directory = match path.parent() {
         Some(parent) if parent != Path::new("") => parent.to_owned(),
         _ => PathBuf::from("."),
     };
     let top = match root {
-        Some(node) => Field {
-            path,
-            key: "config".to_owned(),
-            line: node.line,
-            node,
-        }
-        .scope("a mapping")?,
-        None => Scope {
-            path,
-            key: String::new(),
-            line: 1,
-            entries: &[],
-        },
+        Some(node) => Field { path, key: "config".to_owned(), line: node.line, node }.scope("a mapping")?,
+        None => Scope { path, key: String::new(), line: 1, entries: &[] },
     };
-    let top = Scope {
-        key: String::new(),
-        ..top
-    };
+    let top = Scope { key: String::new(), ..top };
     check_top_keys(&top)?;
     // First of all, so that a mergekit config of another method hears that, and not about some detail of its
     // models.
     method(&top)?;
 
     let (models, written) = models(&top, &directory)?;
-    let base_model = top
-        .field("base_model")
-        .map(|field| model_path(&field, &directory))
-        .transpose()?;
-    let tokenizer_source = top
-        .field("tokenizer_source")
-        .map(|field| tokenizer_source(&field))
-        .transpose()?;
-    let name = top
-        .field("name")
-        .map(|field| field.text("a name").map(str::to_owned))
-        .transpose()?;
+    let base_model = top.field("base_model").map(|field| model_path(&field, &directory)).transpose()?;
+    let tokenizer_source = top.field("tokenizer_source").map(|field| tokenizer_source(&field)).transpose()?;
+    let name = top.field("name").map(|field| field.text("a name").map(str::to_owned)).transpose()?;
     let dtype = top.field("dtype").map(|field| field.word()).transpose()?;
-    let out_dtype = top
-        .field("out_dtype")
-        .map(|field| field.word())
-        .transpose()?;
-    let shared = Shared {
-        directory: &directory,
-        models: &models,
-        base: base_model.as_ref(),
-        written: &written,
-    };
+    let out_dtype = top.field("out_dtype").map(|field| field.word()).transpose()?;
+    let shared =
+        Shared { directory: &directory, models: &models, base: base_model.as_ref(), written: &written };
     let round = shared.round(&top, None)?;
     Ok(MergeConfig {
         path: path.to_owned(),
@@ -177,9 +128,8 @@ fn check_top_keys(top: &Scope<'_>) -> Result<(), ConfigError> {
 
 /// The place where a word that is no key of a round has a meaning.
 fn belongs(key: &str) -> Option<&'static str> {
-    let is_parameter = Method::WORDS
-        .iter()
-        .any(|(_, method)| method.parameters().iter().any(|spec| spec.name == key));
+    let is_parameter =
+        Method::WORDS.iter().any(|(_, method)| method.parameters().iter().any(|spec| spec.name == key));
     if is_parameter {
         Some("parameters")
     } else if SOLVER_KEYS.contains(&key) {
@@ -193,10 +143,7 @@ fn belongs(key: &str) -> Option<&'static str> {
 
 fn method(scope: &Scope<'_>) -> Result<(Method, usize), ConfigError> {
     let Some(field) = scope.field("merge_method") else {
-        return Err(scope.missing(
-            "merge_method",
-            "it says how to merge, as `mats` or `linear`",
-        ));
+        return Err(scope.missing("merge_method", "it says how to merge, as `mats` or `linear`"));
     };
     let word = field.text("a word")?;
     if UNSUPPORTED_METHODS.contains(&word) {
@@ -216,26 +163,15 @@ fn models<'n>(
     let Some(field) = top.field("models") else {
         return Err(top.missing("models", "it lists the checkpoints to merge"));
     };
-    let items = field
-        .items()
-        .ok_or_else(|| field.wrong_type("a list of models"))?;
+    let items = field.items().ok_or_else(|| field.wrong_type("a list of models"))?;
     if items.is_empty() {
-        return Err(top.missing(
-            "models",
-            "the list is empty, and a merge needs at least one model",
-        ));
+        return Err(top.missing("models", "the list is empty, and a merge needs at least one model"));
     }
     let mut models = Vec::with_capacity(items.len());
     let mut written = Vec::with_capacity(items.len());
     for item in items {
         let scope = item.scope("a mapping with `model`")?;
-        scope.check_keys(MODEL_KEYS, |key| {
-            if key == "weight" {
-                Some("parameters")
-            } else {
-                None
-            }
-        })?;
+        scope.check_keys(MODEL_KEYS, |key| if key == "weight" { Some("parameters") } else { None })?;
         let Some(model) = scope.field("model") else {
             return Err(scope.missing("model", "every item of `models` names a checkpoint"));
         };
@@ -244,11 +180,7 @@ fn models<'n>(
             Some(field) => statistics(&field, directory)?,
             None => Vec::new(),
         };
-        models.push(ModelEntry {
-            model,
-            statistics,
-            line: item.line,
-        });
+        models.push(ModelEntry { model, statistics, line: item.line });
         written.push(scope.field("parameters"));
     }
     Ok((models, written))
@@ -257,10 +189,7 @@ fn models<'n>(
 fn statistics(field: &Field<'_>, directory: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     const EXPECTED: &str = "the path of a statistics file, or a list of them";
     let items = field.items().unwrap_or_else(|| vec![field.clone()]);
-    items
-        .iter()
-        .map(|item| resolve(item, item.text(EXPECTED)?, directory))
-        .collect()
+    items.iter().map(|item| resolve(item, item.text(EXPECTED)?, directory)).collect()
 }
 
 fn model_path(field: &Field<'_>, directory: &Path) -> Result<ModelPath, ConfigError> {
@@ -270,11 +199,7 @@ fn model_path(field: &Field<'_>, directory: &Path) -> Result<ModelPath, ConfigEr
         return Err(field.unsupported(written, "; merge the adapter after `+` into its base first"));
     }
     let path = resolve(field, written, directory)?;
-    Ok(ModelPath {
-        written: written.to_owned(),
-        path,
-        line: field.value_line(),
-    })
+    Ok(ModelPath { written: written.to_owned(), path, line: field.value_line() })
 }
 
 /// Joins a path as written to the config's directory.
@@ -283,11 +208,7 @@ fn resolve(field: &Field<'_>, written: &str, directory: &Path) -> Result<PathBuf
         return Err(field.wrong_type("a path without NUL"));
     }
     // No `./` in front of every path that a message shows.
-    if directory == Path::new(".") {
-        Ok(PathBuf::from(written))
-    } else {
-        Ok(directory.join(written))
-    }
+    if directory == Path::new(".") { Ok(PathBuf::from(written)) } else { Ok(directory.join(written)) }
 }
 
 fn tokenizer_source(field: &Field<'_>) -> Result<String, ConfigError> {
@@ -328,16 +249,8 @@ impl Shared<'_> {
             let line = scope.field("subspace").map_or(line, |field| field.line);
             self.need_base(scope, line, "`subspace: delta_gram`")?;
         }
-        let round = Round {
-            method,
-            subspace,
-            initial,
-            solver,
-            unmatched,
-            parameters,
-            model_parameters,
-            line,
-        };
+        let round =
+            Round { method, subspace, initial, solver, unmatched, parameters, model_parameters, line };
         self.check_statistics(scope.path, &round)?;
         self.check_weights(scope, &round)?;
         Ok(round)
@@ -349,10 +262,7 @@ impl Shared<'_> {
                 field.word::<Subspace>()?;
                 let why = match method {
                     Method::Linear | Method::TaskArithmetic => {
-                        format!(
-                            "`{}` has no subspace; `merge_method: mats` has",
-                            method.name()
-                        )
+                        format!("`{}` has no subspace; `merge_method: mats` has", method.name())
                     }
                     _ => format!(
                         "`{}` is a preset whose subspace is {}; others go with `merge_method: mats`",
@@ -377,8 +287,9 @@ impl Shared<'_> {
     ) -> Result<Vec<Parameters>, ConfigError> {
         let of_model = |field: &Option<Field<'_>>| match field {
             None => Ok(Parameters::default()),
-            Some(field) if nested => inherited_parameters(field, method)
-                .map(|given| given.filtered(|name| !own.is_set(name))),
+            Some(field) if nested => {
+                inherited_parameters(field, method).map(|given| given.filtered(|name| !own.is_set(name)))
+            }
             Some(field) => parameters(field, method, true),
         };
         self.written.iter().map(of_model).collect()
@@ -394,17 +305,14 @@ impl Shared<'_> {
             return Ok(Initial::Auto);
         };
         if !method.solves() {
-            return Err(field.not_allowed(format!(
-                "`{}` solves nothing, so it starts nowhere",
-                method.name()
-            )));
+            return Err(
+                field.not_allowed(format!("`{}` solves nothing, so it starts nowhere", method.name()))
+            );
         }
         if field.is_mapping() {
             let inner = field.scope("a nested config")?;
             self.check_nested_keys(&inner)?;
-            return Ok(Initial::Nested(Box::new(
-                self.round(&inner, Some(unmatched))?,
-            )));
+            return Ok(Initial::Nested(Box::new(self.round(&inner, Some(unmatched))?)));
         }
         let word = field.text("a word, the path of a checkpoint or a nested config")?;
         match word {
@@ -418,15 +326,11 @@ impl Shared<'_> {
             _ => {
                 let model = model_path(&field, self.directory)?;
                 // A bare word that is no path is a misspelt keyword rather than a checkpoint gone missing.
-                let is_path =
-                    word.contains('/') || word.ends_with(".safetensors") || model.path.exists();
+                let is_path = word.contains('/') || word.ends_with(".safetensors") || model.path.exists();
                 if is_path {
                     Ok(Initial::Checkpoint(model))
                 } else {
-                    Err(field.unknown_value::<InitialWord>(
-                        word,
-                        &["a checkpoint's path", "a nested config"],
-                    ))
+                    Err(field.unknown_value::<InitialWord>(word, &["a checkpoint's path", "a nested config"]))
                 }
             }
         }
@@ -434,16 +338,12 @@ impl Shared<'_> {
 
     fn check_nested_keys(&self, inner: &Scope<'_>) -> Result<(), ConfigError> {
         for entry in inner.entries {
-            if TOP_KEYS.contains(&entry.key.as_str()) && !NESTED_KEYS.contains(&entry.key.as_str())
-            {
+            if TOP_KEYS.contains(&entry.key.as_str()) && !NESTED_KEYS.contains(&entry.key.as_str()) {
                 return Err(ConfigError::NotAllowed {
                     path: inner.path.to_owned(),
                     line: entry.line,
                     key: join(&inner.key, &entry.key),
-                    why: format!(
-                        "a nested config inherits the outer one's `{}`; leave it out",
-                        entry.key
-                    ),
+                    why: format!("a nested config inherits the outer one's `{}`; leave it out", entry.key),
                 });
             }
         }
@@ -478,15 +378,11 @@ impl Shared<'_> {
         };
         let subspace = round.subspace.name();
         let why = if round.subspace == Subspace::Auto {
-            "other models name theirs, and `subspace: auto` needs those of all models (or of none)"
-                .to_owned()
+            "other models name theirs, and `subspace: auto` needs those of all models (or of none)".to_owned()
         } else if round.method == Method::Mats {
             format!("`subspace: {subspace}` needs the statistics of every model")
         } else {
-            format!(
-                "`{}` needs the statistics of every model",
-                round.method.name()
-            )
+            format!("`{}` needs the statistics of every model", round.method.name())
         };
         Err(ConfigError::Missing {
             path: path.to_owned(),
@@ -520,22 +416,14 @@ impl Shared<'_> {
             return Ok(());
         }
         let all_skipped = round.skips_base()
-            && self
-                .models
-                .iter()
-                .all(|model| self.base.is_some_and(|base| base.path == model.model.path));
+            && self.models.iter().all(|model| self.base.is_some_and(|base| base.path == model.model.path));
         if all_skipped {
             return Ok(());
         }
-        let line = round
-            .model_parameters
-            .iter()
-            .find_map(|own| own.line("weight"));
+        let line = round.model_parameters.iter().find_map(|own| own.line("weight"));
         Err(ConfigError::NotAllowed {
             path: scope.path.to_owned(),
-            line: line
-                .or(round.parameters.line("weight"))
-                .unwrap_or(round.line),
+            line: line.or(round.parameters.line("weight")).unwrap_or(round.line),
             key: join(&scope.key, "parameters.weight"),
             why: "the models' weights sum to 0, and their sum divides".to_owned(),
         })
@@ -547,20 +435,13 @@ impl Shared<'_> {
 struct InitialWord;
 
 impl Words for InitialWord {
-    const WORDS: &'static [(&'static str, Self)] = &[
-        ("auto", Self),
-        ("zero", Self),
-        ("average", Self),
-        ("base", Self),
-    ];
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("auto", Self), ("zero", Self), ("average", Self), ("base", Self)];
 }
 
 /// A model's weight if it is one number for all tensors.
 fn uniform_weight(round: &Round, model: usize) -> Option<f64> {
-    let own = round
-        .model_parameters
-        .get(model)
-        .filter(|own| own.is_set("weight"));
+    let own = round.model_parameters.get(model).filter(|own| own.is_set("weight"));
     match own {
         Some(own) => own.uniform_number("weight"),
         None if round.parameters.is_set("weight") => round.parameters.uniform_number("weight"),
@@ -585,10 +466,7 @@ fn solver(scope: &Scope<'_>, method: Method, line: usize) -> Result<SolverConfig
         return Ok(config);
     };
     if !method.solves() {
-        return Err(field.not_allowed(format!(
-            "`{}` solves nothing, so it has no solver",
-            method.name()
-        )));
+        return Err(field.not_allowed(format!("`{}` solves nothing, so it has no solver", method.name())));
     }
     let solver = field.scope("a mapping, as `{ method: cg }`")?;
     solver.check_keys(SOLVER_KEYS, |_| None)?;
@@ -610,9 +488,7 @@ fn solver(scope: &Scope<'_>, method: Method, line: usize) -> Result<SolverConfig
             Some(field.integer(SolverConfig::MAX_ITERATIONS, "an integer from 0 to 1000000")?);
     }
     let not_negative = |name| match solver.field(name) {
-        Some(field) => field
-            .number(|x| x >= 0.0, "a finite number of at least 0")
-            .map(Some),
+        Some(field) => field.number(|x| x >= 0.0, "a finite number of at least 0").map(Some),
         None => Ok(None),
     };
     config.tolerance = not_negative("tolerance")?;
@@ -621,22 +497,12 @@ fn solver(scope: &Scope<'_>, method: Method, line: usize) -> Result<SolverConfig
 }
 
 /// Reads `parameters` of a round, or (`per_model`) of one model.
-fn parameters(
-    field: &Field<'_>,
-    method: Method,
-    per_model: bool,
-) -> Result<Parameters, ConfigError> {
+fn parameters(field: &Field<'_>, method: Method, per_model: bool) -> Result<Parameters, ConfigError> {
     let scope = field.scope("a mapping of parameters")?;
     let specs = method.parameters();
-    let allowed: Vec<_> = specs
-        .iter()
-        .filter(|spec| spec.per_model || !per_model)
-        .map(|spec| spec.name)
-        .collect();
-    if let Some(entry) = scope
-        .entries
-        .iter()
-        .find(|entry| !allowed.contains(&entry.key.as_str()))
+    let allowed: Vec<_> =
+        specs.iter().filter(|spec| spec.per_model || !per_model).map(|spec| spec.name).collect();
+    if let Some(entry) = scope.entries.iter().find(|entry| !allowed.contains(&entry.key.as_str()))
         && specs.iter().any(|spec| spec.name == entry.key)
     {
         return Err(ConfigError::NotAllowed {
@@ -654,12 +520,7 @@ fn parameters(
 /// refused every unknown name.
 fn inherited_parameters(field: &Field<'_>, method: Method) -> Result<Parameters, ConfigError> {
     let scope = field.scope("a mapping of parameters")?;
-    let specs: Vec<_> = method
-        .parameters()
-        .iter()
-        .filter(|spec| spec.per_model)
-        .copied()
-        .collect();
+    let specs: Vec<_> = method.parameters().iter().filter(|spec| spec.per_model).copied().collect();
     read_parameters(&scope, &specs)
 }
 
@@ -670,22 +531,14 @@ fn read_parameters(scope: &Scope<'_>, specs: &[ParameterSpec]) -> Result<Paramet
             continue;
         };
         let value = match spec.kind {
-            ParameterKind::Number(range) => {
-                ParameterValue::Number(rules(&field, &|point: &Field<'_>| {
-                    point.number(|number| range.contains(number), range.expected())
-                })?)
-            }
+            ParameterKind::Number(range) => ParameterValue::Number(rules(&field, &|point: &Field<'_>| {
+                point.number(|number| range.contains(number), range.expected())
+            })?),
             ParameterKind::Boolean => {
                 ParameterValue::Boolean(rules(&field, &|point: &Field<'_>| point.boolean())?)
             }
         };
-        parameters.insert(
-            spec.name,
-            Parameter {
-                line: field.line,
-                value,
-            },
-        );
+        parameters.insert(spec.name, Parameter { line: field.line, value });
     }
     Ok(parameters)
 }
@@ -702,10 +555,7 @@ fn rules<T>(
         Some(items) if items.iter().any(Field::is_mapping) => {
             items.iter().map(|item| rule(item, point)).collect()
         }
-        _ => Ok(vec![Rule {
-            filter: None,
-            points: points(field, point)?,
-        }]),
+        _ => Ok(vec![Rule { filter: None, points: points(field, point)? }]),
     }
 }
 
@@ -716,18 +566,13 @@ fn rule<T>(
     let scope = field.scope("a `{filter, value}`, as the rest of the list")?;
     scope.check_keys(RULE_KEYS, |_| None)?;
     let filter = match scope.field("filter") {
-        Some(filter) => {
-            Some(filter.text("a part of tensor names, or `*`")?).filter(|&text| text != "*")
-        }
+        Some(filter) => Some(filter.text("a part of tensor names, or `*`")?).filter(|&text| text != "*"),
         None => None,
     };
     let Some(value) = scope.field("value") else {
         return Err(scope.missing("value", "a filter without a value decides nothing"));
     };
-    Ok(Rule {
-        filter: filter.map(str::to_owned),
-        points: points(&value, point)?,
-    })
+    Ok(Rule { filter: filter.map(str::to_owned), points: points(&value, point)? })
 }
 
 /// A scalar as one point, a gradient as several.
@@ -737,12 +582,7 @@ fn points<T>(
 ) -> Result<Vec<T>, ConfigError> {
     match &field.node.value {
         Value::Sequence(items) if items.is_empty() => Err(field.wrong_type("at least one value")),
-        Value::Sequence(_) => field
-            .items()
-            .unwrap_or_default()
-            .iter()
-            .map(point)
-            .collect(),
+        Value::Sequence(_) => field.items().unwrap_or_default().iter().map(point).collect(),
         _ => Ok(vec![point(field)?]),
     }
 }

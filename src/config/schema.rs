@@ -112,8 +112,7 @@ impl Round {
 
     /// Factor λ of the off-diagonal entries of a model's Cᵢ, in [0, 1]; 1.0 unless given.
     pub fn off_diagonal(&self, model: usize, tensor: &str, t: f64) -> f64 {
-        self.number(Some(model), "off_diagonal", tensor, t)
-            .unwrap_or(1.0)
+        self.number(Some(model), "off_diagonal", tensor, t).unwrap_or(1.0)
     }
 
     /// Scale of the summed task vectors (`task_arithmetic`); 1.0 unless given.
@@ -123,8 +122,7 @@ impl Round {
 
     /// Whether weights are divided by their sum: true for `linear`, false for `task_arithmetic` unless given.
     pub fn normalize(&self, tensor: &str, t: f64) -> bool {
-        self.boolean(None, "normalize", tensor, t)
-            .unwrap_or(self.method == Method::Linear)
+        self.boolean(None, "normalize", tensor, t).unwrap_or(self.method == Method::Linear)
     }
 
     /// The ridge ρ in force once the engine knows which solver it uses: the one given, else 0.3 for `wudi`
@@ -237,10 +235,8 @@ impl Method {
 
     /// The names that `parameters` may hold.
     pub(super) fn parameters(self) -> &'static [ParameterSpec] {
-        const LINEAR: &[ParameterSpec] = &[
-            ParameterSpec::number("weight", Range::Any).per_model(),
-            ParameterSpec::boolean("normalize"),
-        ];
+        const LINEAR: &[ParameterSpec] =
+            &[ParameterSpec::number("weight", Range::Any).per_model(), ParameterSpec::boolean("normalize")];
         const TASK_ARITHMETIC: &[ParameterSpec] = &[
             ParameterSpec::number("weight", Range::Any).per_model(),
             ParameterSpec::boolean("normalize"),
@@ -280,10 +276,7 @@ impl Words for Subspace {
         ("gram", Self::Gram),
         ("kfac", Self::Kfac),
         ("fisher_block", Self::FisherBlock),
-        (
-            "delta_gram",
-            Self::DeltaGram(DeltaScale::InverseSquaredNorm),
-        ),
+        ("delta_gram", Self::DeltaGram(DeltaScale::InverseSquaredNorm)),
     ];
 }
 
@@ -303,10 +296,7 @@ impl Subspace {
 
     /// Whether it cannot do without statistics files. `Auto` can: then every parameter is unmatched.
     pub fn needs_statistics(self) -> bool {
-        matches!(
-            self,
-            Self::FisherDiagonal | Self::Gram | Self::Kfac | Self::FisherBlock
-        )
+        matches!(self, Self::FisherDiagonal | Self::Gram | Self::Kfac | Self::FisherBlock)
     }
 }
 

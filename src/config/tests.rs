@@ -25,10 +25,7 @@ fn refused(text: &str) -> String {
     let error = parse(text).expect_err(text);
     let message = error.to_string();
     assert!(!message.contains('\n'), "one line: {message}");
-    message
-        .strip_prefix("dir/config.yml:")
-        .unwrap_or_else(|| panic!("no file: {message}"))
-        .to_owned()
+    message.strip_prefix("dir/config.yml:").unwrap_or_else(|| panic!("no file: {message}")).to_owned()
 }
 
 /// The contract's example, word for word but for its paths.
@@ -55,31 +52,19 @@ tokenizer_source: base
 fn the_contracts_example() {
     let config = ok(FULL);
     assert_eq!(config.text, FULL);
-    assert_eq!(
-        (config.path.as_path(), config.directory.as_path()),
-        (Path::new(PATH), Path::new("dir"))
-    );
+    assert_eq!((config.path.as_path(), config.directory.as_path()), (Path::new(PATH), Path::new("dir")));
     let base = config.base_model.as_ref().expect("given");
     assert_eq!(
         (base.written.as_str(), base.path.as_path(), base.line),
         ("models/base", Path::new("dir/models/base"), 2)
     );
     assert_eq!((config.models[0].line, config.models[1].line), (4, 7));
-    assert_eq!(
-        config.models[0].statistics,
-        [PathBuf::from("dir/stats/paws.safetensors")]
-    );
+    assert_eq!(config.models[0].statistics, [PathBuf::from("dir/stats/paws.safetensors")]);
     assert_eq!(
         config.models[1].statistics,
-        [
-            PathBuf::from("dir/stats/qasc-1.safetensors"),
-            PathBuf::from("/abs/qasc-2.safetensors")
-        ]
+        [PathBuf::from("dir/stats/qasc-1.safetensors"), PathBuf::from("/abs/qasc-2.safetensors")]
     );
-    assert_eq!(
-        (config.dtype, config.out_dtype),
-        (Some(OutDtype::Float32), Some(OutDtype::Bfloat16))
-    );
+    assert_eq!((config.dtype, config.out_dtype), (Some(OutDtype::Float32), Some(OutDtype::Bfloat16)));
     assert_eq!(config.output_dtype(), Some(OutDtype::Bfloat16));
     assert_eq!(config.tokenizer_source.as_deref(), Some("base"));
 
@@ -99,99 +84,46 @@ fn the_contracts_example() {
             line: 12,
         }
     );
-    assert_eq!(
-        (round.weight(0, "x", 0.0), round.weight(1, "x", 0.0)),
-        (1.0, 1.0)
-    );
-    assert_eq!(
-        (
-            round.off_diagonal(0, "x", 0.0),
-            round.off_diagonal(1, "x", 0.5)
-        ),
-        (0.9, 0.9)
-    );
-    let Initial::Nested(inner) = &round.initial else {
-        panic!("{:?}", round.initial)
-    };
-    assert_eq!(
-        (inner.method, inner.subspace, inner.line),
-        (Method::TaskArithmetic, Subspace::Identity, 11)
-    );
+    assert_eq!((round.weight(0, "x", 0.0), round.weight(1, "x", 0.0)), (1.0, 1.0));
+    assert_eq!((round.off_diagonal(0, "x", 0.0), round.off_diagonal(1, "x", 0.5)), (0.9, 0.9));
+    let Initial::Nested(inner) = &round.initial else { panic!("{:?}", round.initial) };
+    assert_eq!((inner.method, inner.subspace, inner.line), (Method::TaskArithmetic, Subspace::Identity, 11));
     // Its own weight stands for itself: the outer model's 1.0 does not shine through.
-    assert_eq!(
-        (inner.weight(0, "x", 0.0), inner.weight(1, "x", 0.0)),
-        (0.3, 0.3)
-    );
+    assert_eq!((inner.weight(0, "x", 0.0), inner.weight(1, "x", 0.0)), (0.3, 0.3));
     let rounds: Vec<_> = config.rounds().iter().map(|round| round.method).collect();
     assert_eq!(rounds, [Method::TaskArithmetic, Method::Mats]);
 }
 
 #[test]
 fn defaults_of_each_method() {
-    let stats =
-        "base_model: base\nmodels: [{model: a, statistics: s}, {model: b, statistics: t}]\n";
+    let stats = "base_model: base\nmodels: [{model: a, statistics: s}, {model: b, statistics: t}]\n";
     for (name, subspace, solver) in [
         ("linear", Subspace::Identity, SolverMethod::Auto),
         ("task_arithmetic", Subspace::Identity, SolverMethod::Auto),
         ("fisher", Subspace::FisherDiagonal, SolverMethod::Auto),
         ("regmean", Subspace::Gram, SolverMethod::Auto),
-        (
-            "wudi",
-            Subspace::DeltaGram(DeltaScale::InverseSquaredNorm),
-            SolverMethod::Direct,
-        ),
-        (
-            "actmat",
-            Subspace::DeltaGram(DeltaScale::One),
-            SolverMethod::Direct,
-        ),
+        ("wudi", Subspace::DeltaGram(DeltaScale::InverseSquaredNorm), SolverMethod::Direct),
+        ("actmat", Subspace::DeltaGram(DeltaScale::One), SolverMethod::Direct),
         ("mats", Subspace::Auto, SolverMethod::Auto),
     ] {
         let config = ok(&format!("merge_method: {name}\n{stats}"));
         let round = &config.round;
-        assert_eq!(
-            (round.method.name(), round.subspace, round.solver.method),
-            (name, subspace, solver)
-        );
+        assert_eq!((round.method.name(), round.subspace, round.solver.method), (name, subspace, solver));
         assert!(matches!(round.initial, Initial::Auto));
-        assert_eq!(
-            (round.unmatched, round.solver.ridge),
-            (Unmatched::Average, None)
-        );
-        assert_eq!(
-            (round.weight(0, "x", 0.0), round.off_diagonal(1, "x", 0.0)),
-            (1.0, 1.0)
-        );
+        assert_eq!((round.unmatched, round.solver.ridge), (Unmatched::Average, None));
+        assert_eq!((round.weight(0, "x", 0.0), round.off_diagonal(1, "x", 0.0)), (1.0, 1.0));
         assert_eq!(round.normalize("x", 0.0), name == "linear");
-        let ridge = if matches!(name, "wudi" | "actmat") {
-            0.3
-        } else {
-            0.0
-        };
+        let ridge = if matches!(name, "wudi" | "actmat") { 0.3 } else { 0.0 };
         assert_eq!(round.ridge(SolverMethod::Direct), ridge, "{name}");
     }
-    let config = ok(&format!(
-        "merge_method: mats\nsubspace: delta_gram\n{stats}"
-    ));
-    assert_eq!(
-        config.round.subspace,
-        Subspace::DeltaGram(DeltaScale::InverseSquaredNorm)
-    );
+    let config = ok(&format!("merge_method: mats\nsubspace: delta_gram\n{stats}"));
+    assert_eq!(config.round.subspace, Subspace::DeltaGram(DeltaScale::InverseSquaredNorm));
     assert_eq!(config.round.ridge(SolverMethod::Pcg), 1.0);
+    assert_eq!(ok("merge_method: linear\nmodels: [{model: a}]").directory, Path::new("dir"));
+    let here =
+        MergeConfig::parse(Path::new("c.yml"), format!("merge_method: linear\n{MODELS}")).expect("valid");
     assert_eq!(
-        ok("merge_method: linear\nmodels: [{model: a}]").directory,
-        Path::new("dir")
-    );
-    let here = MergeConfig::parse(
-        Path::new("c.yml"),
-        format!("merge_method: linear\n{MODELS}"),
-    )
-    .expect("valid");
-    assert_eq!(
-        (
-            here.directory.as_path(),
-            here.models[0].model.path.as_path()
-        ),
+        (here.directory.as_path(), here.models[0].model.path.as_path()),
         (Path::new("."), Path::new("a"))
     );
 }
@@ -234,35 +166,19 @@ parameters:
         (2, "embed", 9.0, 2.0),
         (2, "embed", f64::NAN, 1.0),
     ] {
-        assert_eq!(
-            round.weight(model, tensor, t),
-            weight,
-            "{model} {tensor} {t}"
-        );
+        assert_eq!(round.weight(model, tensor, t), weight, "{model} {tensor} {t}");
     }
-    assert_eq!(
-        (round.lambda("norm", 1.0), round.lambda("q", 0.5)),
-        (0.5, 3.0)
-    );
+    assert_eq!((round.lambda("norm", 1.0), round.lambda("q", 0.5)), (0.5, 3.0));
     let normalize = [0.0, 0.4, 0.5, 0.9, 1.0].map(|t| round.normalize("q", t));
     assert_eq!(normalize, [true, true, false, false, true]);
     assert_eq!(round.number(None, "weight", "q", 0.0), Some(1.0));
     assert_eq!(round.number(Some(9), "nothing", "q", 0.0), None);
-    assert!(
-        round.model_parameters[1].is_set("weight") && !round.model_parameters[2].is_set("weight")
-    );
+    assert!(round.model_parameters[1].is_set("weight") && !round.model_parameters[2].is_set("weight"));
     assert_eq!(round.model_parameters[0].line("weight"), Some(6));
     // A filter list without a match, and nothing below it: the default.
-    let config = ok(&format!(
-        "merge_method: linear\n{MODELS}parameters: {{weight: [{{filter: q, value: 2}}]}}"
-    ));
-    assert_eq!(
-        (
-            config.round.weight(0, "q", 0.0),
-            config.round.weight(0, "k", 0.0)
-        ),
-        (2.0, 1.0)
-    );
+    let config =
+        ok(&format!("merge_method: linear\n{MODELS}parameters: {{weight: [{{filter: q, value: 2}}]}}"));
+    assert_eq!((config.round.weight(0, "q", 0.0), config.round.weight(0, "k", 0.0)), (2.0, 1.0));
 }
 
 #[test]
@@ -284,34 +200,15 @@ initial:
     parameters: {weight: 3}
 ");
     let rounds = config.rounds();
-    let [linear, regmean, mats] = rounds.as_slice() else {
-        panic!("{} rounds", rounds.len())
-    };
-    assert_eq!(
-        (mats.weight(0, "x", 0.0), mats.weight(1, "x", 0.0)),
-        (2.0, 5.0)
-    );
+    let [linear, regmean, mats] = rounds.as_slice() else { panic!("{} rounds", rounds.len()) };
+    assert_eq!((mats.weight(0, "x", 0.0), mats.weight(1, "x", 0.0)), (2.0, 5.0));
     // The models' weights, where the round sets none; never the outer round's own.
-    assert_eq!(
-        (regmean.weight(0, "x", 0.0), regmean.weight(1, "x", 0.0)),
-        (2.0, 1.0)
-    );
-    assert_eq!(
-        (
-            regmean.off_diagonal(0, "x", 0.0),
-            mats.off_diagonal(0, "x", 0.0)
-        ),
-        (0.9, 0.5)
-    );
-    assert_eq!(
-        (linear.weight(0, "x", 0.0), linear.weight(1, "x", 0.0)),
-        (3.0, 3.0)
-    );
+    assert_eq!((regmean.weight(0, "x", 0.0), regmean.weight(1, "x", 0.0)), (2.0, 1.0));
+    assert_eq!((regmean.off_diagonal(0, "x", 0.0), mats.off_diagonal(0, "x", 0.0)), (0.9, 0.5));
+    assert_eq!((linear.weight(0, "x", 0.0), linear.weight(1, "x", 0.0)), (3.0, 3.0));
     assert!(linear.model_parameters.iter().all(Parameters::is_empty));
     assert!(
-        rounds
-            .iter()
-            .all(|round| round.unmatched == Unmatched::Base && round.model_parameters.len() == 2)
+        rounds.iter().all(|round| round.unmatched == Unmatched::Base && round.model_parameters.len() == 2)
     );
 }
 
@@ -328,9 +225,7 @@ fn initial_words_and_paths() {
     assert!(matches!(with("base").round.initial, Initial::Base));
     for path in ["./start", "runs/start", "start.safetensors"] {
         let config = with(path);
-        let Initial::Checkpoint(model) = &config.round.initial else {
-            panic!("{:?}", config.round.initial)
-        };
+        let Initial::Checkpoint(model) = &config.round.initial else { panic!("{:?}", config.round.initial) };
         assert_eq!(
             (model.written.as_str(), model.path.clone(), model.line),
             (path, Path::new("dir").join(path), 4)
@@ -339,8 +234,8 @@ fn initial_words_and_paths() {
     let directory = tempfile::tempdir().expect("temporary directory");
     fs::create_dir(directory.path().join("start")).expect("mkdir");
     let text = "merge_method: wudi\nbase_model: x\nmodels: [{model: a}]\ninitial: start".to_owned();
-    let config = MergeConfig::parse(&directory.path().join("c.yml"), text)
-        .expect("a bare word that exists is a path");
+    let config =
+        MergeConfig::parse(&directory.path().join("c.yml"), text).expect("a bare word that exists is a path");
     assert!(matches!(config.round.initial, Initial::Checkpoint(_)));
 }
 
@@ -361,26 +256,10 @@ name:
 dtype: ~
 ");
     assert_eq!(config.round.method, Method::Mats);
-    assert_eq!(
-        config
-            .models
-            .iter()
-            .map(|m| m.model.written.as_str())
-            .collect::<Vec<_>>(),
-        ["a", "b", "c"]
-    );
-    assert!(
-        config
-            .models
-            .iter()
-            .all(|model| model.statistics.len() == 2)
-    );
-    let weights = [0, 1, 2].map(|i| {
-        (
-            config.round.weight(i, "x", 0.0),
-            config.round.off_diagonal(i, "x", 0.0),
-        )
-    });
+    assert_eq!(config.models.iter().map(|m| m.model.written.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
+    assert!(config.models.iter().all(|model| model.statistics.len() == 2));
+    let weights =
+        [0, 1, 2].map(|i| (config.round.weight(i, "x", 0.0), config.round.off_diagonal(i, "x", 0.0)));
     assert_eq!(weights, [(0.5, 0.25), (0.5, 0.25), (3.0, 0.5)]);
     assert_eq!(config.round.solver.ridge, Some(1.0));
     assert_eq!((config.name, config.dtype), (None, None));
@@ -389,10 +268,7 @@ dtype: ~
         "merge_method: linear\n\
          models:\n  - model: a\n    parameters: &p\n      weight: much\n  - {model: b, parameters: *p}\n",
     );
-    assert_eq!(
-        message,
-        "5: models[0].parameters.weight: expected a finite number, got `much`"
-    );
+    assert_eq!(message, "5: models[0].parameters.weight: expected a finite number, got `much`");
 }
 
 #[test]
@@ -421,10 +297,7 @@ fn what_mergekit_accepts_is_not_refused() {
         ok(text);
     }
     let long: Vec<String> = (0..2000).map(|i| format!("0.{i:04}")).collect();
-    let config = ok(&format!(
-        "merge_method: linear\n{MODELS}parameters: {{weight: [{}]}}",
-        long.join(", ")
-    ));
+    let config = ok(&format!("merge_method: linear\n{MODELS}parameters: {{weight: [{}]}}", long.join(", ")));
     assert_eq!(config.round.weight(0, "x", 1.0), 0.1999);
 }
 
@@ -504,11 +377,7 @@ initial.initial = auto
         ("initial: {", "initial: zero\n#"),
     ] {
         assert!(FULL.contains(from), "{from}");
-        assert_ne!(
-            ok(&FULL.replace(from, to)).canonical_hash_input(),
-            canonical,
-            "{to}"
-        );
+        assert_ne!(ok(&FULL.replace(from, to)).canonical_hash_input(), canonical, "{to}");
     }
 }
 

@@ -77,52 +77,27 @@ impl Node {
 /// Anything but a regular file of at most [`MAX_BYTES`] bytes of UTF-8. A FIFO or device is refused without
 /// waiting.
 pub(super) fn read_text(path: &Path) -> Result<String, ConfigError> {
-    let io_error = |doing| {
-        move |source: io::Error| ConfigError::Io {
-            path: path.to_owned(),
-            doing,
-            source,
-        }
-    };
+    let io_error = |doing| move |source: io::Error| ConfigError::Io { path: path.to_owned(), doing, source };
     // NONBLOCK: opening a FIFO that nobody writes to would otherwise wait for ever.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
-    let file = rustix::fs::open(path, flags, Mode::empty())
-        .map_err(io::Error::from)
-        .map_err(io_error("open"))?;
+    let file =
+        rustix::fs::open(path, flags, Mode::empty()).map_err(io::Error::from).map_err(io_error("open"))?;
     let file = File::from(file);
     let metadata = file.metadata().map_err(io_error("inspect"))?;
     if !metadata.is_file() {
-        let found = if metadata.is_dir() {
-            "a directory"
-        } else {
-            "a FIFO, socket or device"
-        };
-        return Err(ConfigError::NotRegular {
-            path: path.to_owned(),
-            found,
-        });
+        let found = if metadata.is_dir() { "a directory" } else { "a FIFO, socket or device" };
+        return Err(ConfigError::NotRegular { path: path.to_owned(), found });
     }
     let mut bytes = Vec::new();
     // Bounded by what is read, not by the length reported: the file may grow meanwhile.
-    file.take(MAX_BYTES as u64 + 1)
-        .read_to_end(&mut bytes)
-        .map_err(io_error("read"))?;
+    file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(io_error("read"))?;
     if bytes.len() > MAX_BYTES {
-        return Err(ConfigError::TooLarge {
-            path: path.to_owned(),
-        });
+        return Err(ConfigError::TooLarge { path: path.to_owned() });
     }
     String::from_utf8(bytes).map_err(|error| {
         let offset = error.utf8_error().valid_up_to();
-        let line = 1 + error.as_bytes()[..offset]
-            .iter()
-            .filter(|&&b| b == b'\n')
-            .count();
-        ConfigError::NotUtf8 {
-            path: path.to_owned(),
-            line,
-            offset,
-        }
+        let line = 1 + error.as_bytes()[..offset].iter().filter(|&&b| b == b'\n').count();
+        ConfigError::NotUtf8 { path: path.to_owned(), line, offset }
     })
 }
 
@@ -136,14 +111,8 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Option<Node>, ConfigError
         block_nesting_limit: MAX_DEPTH,
     };
     options.set_emit_comments(false);
-    let mut builder = Builder {
-        path,
-        frames: Vec::new(),
-        anchors: HashMap::new(),
-        nodes: 0,
-        scalar_bytes: 0,
-        root: None,
-    };
+    let mut builder =
+        Builder { path, frames: Vec::new(), anchors: HashMap::new(), nodes: 0, scalar_bytes: 0, root: None };
     let mut documents = 0_usize;
     for event in Parser::new_from_str_with_options(text, options) {
         let (event, span) = event.map_err(|error| ConfigError::Syntax {
@@ -165,13 +134,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Option<Node>, ConfigError
                 builder.scalar(&text, style, anchor, tag.as_deref(), line)?
             }
             Event::SequenceStart(_, anchor, tag) => {
-                builder.open(
-                    Collection::Sequence(Vec::new()),
-                    "seq",
-                    anchor,
-                    tag.as_deref(),
-                    line,
-                )?;
+                builder.open(Collection::Sequence(Vec::new()), "seq", anchor, tag.as_deref(), line)?;
             }
             Event::MappingStart(_, anchor, tag) => {
                 builder.open(
@@ -243,16 +206,7 @@ impl Builder<'_> {
             }
         }
         self.charge(1, text.len(), line)?;
-        self.finish(
-            Node {
-                line,
-                value: Value::Scalar {
-                    text: text.to_owned(),
-                    plain,
-                },
-            },
-            anchor,
-        )
+        self.finish(Node { line, value: Value::Scalar { text: text.to_owned(), plain } }, anchor)
     }
 
     fn open(
@@ -270,18 +224,11 @@ impl Builder<'_> {
             return Err(self.foreign_tag(tag, line));
         }
         if self.expects_key() {
-            return Err(self.structure(
-                "a key must be a single word, not a list or mapping".to_owned(),
-                line,
-            ));
+            return Err(self.structure("a key must be a single word, not a list or mapping".to_owned(), line));
         }
         self.check_depth(1, line)?;
         self.charge(1, 0, line)?;
-        self.frames.push(Frame {
-            line,
-            anchor,
-            collection,
-        });
+        self.frames.push(Frame { line, anchor, collection });
         Ok(())
     }
 
@@ -294,22 +241,13 @@ impl Builder<'_> {
             Collection::Sequence(items) => Value::Sequence(items),
             Collection::Mapping(mapping) => Value::Mapping(mapping.into_entries()),
         };
-        self.finish(
-            Node {
-                line: frame.line,
-                value,
-            },
-            frame.anchor,
-        )
+        self.finish(Node { line: frame.line, value }, frame.anchor)
     }
 
     fn alias(&mut self, id: usize, line: usize) -> Result<(), ConfigError> {
         // Weighed before it is copied, so that a bomb costs nothing.
         let Some(weight) = self.anchors.get(&id).map(Weight::of) else {
-            return Err(self.structure(
-                "an alias stands inside the very node it names".to_owned(),
-                line,
-            ));
+            return Err(self.structure("an alias stands inside the very node it names".to_owned(), line));
         };
         self.check_depth(weight.height, line)?;
         self.charge(weight.nodes, weight.scalar_bytes, line)?;
@@ -338,16 +276,10 @@ impl Builder<'_> {
             Collection::Mapping(mapping) => match mapping.pending.take() {
                 Some((_, line, true)) => {
                     let sources = match node {
-                        Node {
-                            value: Value::Sequence(items),
-                            ..
-                        } => items,
+                        Node { value: Value::Sequence(items), .. } => items,
                         single => vec![single],
                     };
-                    if let Some(other) = sources
-                        .iter()
-                        .find(|s| !matches!(s.value, Value::Mapping(_)))
-                    {
+                    if let Some(other) = sources.iter().find(|s| !matches!(s.value, Value::Mapping(_))) {
                         let what = format!(
                             "a merge key takes a mapping or a list of mappings, got {}",
                             other.describe()
@@ -356,11 +288,7 @@ impl Builder<'_> {
                     }
                     mapping.merged.extend(sources);
                 }
-                Some((key, line, false)) => mapping.entries.push(Entry {
-                    key,
-                    line,
-                    value: node,
-                }),
+                Some((key, line, false)) => mapping.entries.push(Entry { key, line, value: node }),
                 None => {}
             },
         }
@@ -370,32 +298,17 @@ impl Builder<'_> {
     fn key(&mut self, node: Node) -> Result<(), ConfigError> {
         let line = node.line;
         let Value::Scalar { text, plain } = node.value else {
-            return Err(self.structure(
-                "a key must be a single word, not a list or mapping".to_owned(),
-                line,
-            ));
+            return Err(self.structure("a key must be a single word, not a list or mapping".to_owned(), line));
         };
         let is_merge = plain && text == "<<";
-        let Some(Frame {
-            collection: Collection::Mapping(mapping),
-            ..
-        }) = self.frames.last_mut()
-        else {
+        let Some(Frame { collection: Collection::Mapping(mapping), .. }) = self.frames.last_mut() else {
             return Ok(());
         };
-        let first = if is_merge {
-            mapping.merge_line.replace(line)
-        } else {
-            mapping.seen.insert(text.clone(), line)
-        };
+        let first =
+            if is_merge { mapping.merge_line.replace(line) } else { mapping.seen.insert(text.clone(), line) };
         if let Some(first_line) = first {
             let key = join(&self.key_path(), &text);
-            return Err(ConfigError::DuplicateKey {
-                path: self.path.to_owned(),
-                line,
-                key,
-                first_line,
-            });
+            return Err(ConfigError::DuplicateKey { path: self.path.to_owned(), line, key, first_line });
         }
         mapping.pending = Some((text, line, is_merge));
         Ok(())
@@ -429,53 +342,28 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn charge(
-        &mut self,
-        nodes: usize,
-        scalar_bytes: usize,
-        line: usize,
-    ) -> Result<(), ConfigError> {
+    fn charge(&mut self, nodes: usize, scalar_bytes: usize, line: usize) -> Result<(), ConfigError> {
         self.nodes = self.nodes.saturating_add(nodes);
         self.scalar_bytes = self.scalar_bytes.saturating_add(scalar_bytes);
         if self.nodes > MAX_NODES {
             return Err(self.budget("the number of values, aliases followed,", MAX_NODES, line));
         }
         if self.scalar_bytes > MAX_SCALAR_BYTES {
-            return Err(self.budget(
-                "the text of all values, aliases followed,",
-                MAX_SCALAR_BYTES,
-                line,
-            ));
+            return Err(self.budget("the text of all values, aliases followed,", MAX_SCALAR_BYTES, line));
         }
         Ok(())
     }
 
     fn budget(&self, what: &'static str, limit: usize, line: usize) -> ConfigError {
-        ConfigError::Budget {
-            path: self.path.to_owned(),
-            line,
-            what,
-            limit,
-        }
+        ConfigError::Budget { path: self.path.to_owned(), line, what, limit }
     }
 
     fn structure(&self, what: String, line: usize) -> ConfigError {
-        ConfigError::Structure {
-            path: self.path.to_owned(),
-            line,
-            key: self.key_path(),
-            what,
-        }
+        ConfigError::Structure { path: self.path.to_owned(), line, key: self.key_path(), what }
     }
 
     fn foreign_tag(&self, tag: &Tag, line: usize) -> ConfigError {
-        self.structure(
-            format!(
-                "the YAML tag `{}` has no meaning here",
-                one_line(&tag.original())
-            ),
-            line,
-        )
+        self.structure(format!("the YAML tag `{}` has no meaning here", one_line(&tag.original())), line)
     }
 }
 
@@ -505,16 +393,8 @@ struct Weight {
 
 impl Weight {
     fn of(node: &Node) -> Self {
-        let own_bytes = if let Value::Scalar { text, .. } = &node.value {
-            text.len()
-        } else {
-            0
-        };
-        let mut total = Self {
-            nodes: 1,
-            scalar_bytes: own_bytes,
-            height: 0,
-        };
+        let own_bytes = if let Value::Scalar { text, .. } = &node.value { text.len() } else { 0 };
+        let mut total = Self { nodes: 1, scalar_bytes: own_bytes, height: 0 };
         let mut add = |child: &Node, key_bytes: usize| {
             let weight = Self::of(child);
             total.nodes += weight.nodes;
@@ -524,9 +404,7 @@ impl Weight {
         match &node.value {
             Value::Scalar { .. } => return total,
             Value::Sequence(items) => items.iter().for_each(|item| add(item, 0)),
-            Value::Mapping(entries) => entries
-                .iter()
-                .for_each(|entry| add(&entry.value, entry.key.len())),
+            Value::Mapping(entries) => entries.iter().for_each(|entry| add(&entry.value, entry.key.len())),
         }
         total.height += 1;
         total
@@ -536,9 +414,5 @@ impl Weight {
 /// `prefix.key`, the key cut to one line.
 pub(super) fn join(prefix: &str, key: &str) -> String {
     let key = one_line(key);
-    if prefix.is_empty() {
-        key
-    } else {
-        format!("{prefix}.{key}")
-    }
+    if prefix.is_empty() { key } else { format!("{prefix}.{key}") }
 }

@@ -8,6 +8,13 @@ use memmap2::MmapMut;
 /// Below this a `Vec` is cheaper than a mapping.
 const MAPPED_FROM_BYTES: usize = 256 << 10;
 
+/// What unwinds where the system refuses memory that was planned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OutOfMemory {
+    /// Size of the buffer.
+    pub bytes: usize,
+}
+
 /// A zeroed `[T]` of fixed length.
 ///
 /// Large ones are anonymous mappings of their own: an allocator would keep freed blocks for reuse, and the memory plan,
@@ -26,15 +33,16 @@ impl<T: Pod> Buffer<T> {
     /// `len` zeros.
     ///
     /// # Panics
-    /// When the operating system refuses the memory: the plan has admitted this buffer, so nothing is left to try.
+    /// Unwinds with [`OutOfMemory`] when the operating system refuses the memory: the plan has admitted this buffer, so
+    /// nothing is left to try here.
     pub fn zeroed(len: usize) -> Self {
         let bytes = len.checked_mul(size_of::<T>()).expect("the plan bounds every buffer");
         if bytes < MAPPED_FROM_BYTES {
             return Self { storage: Storage::Small(vec![T::zeroed(); len]), len };
         }
-        let map = MmapMut::map_anon(bytes).unwrap_or_else(|error| {
-            panic!("out of memory: {bytes} bytes were planned but refused: {error}");
-        });
+        // Not a panic with its message: `stream` catches this and reports it as an error.
+        let map = MmapMut::map_anon(bytes)
+            .unwrap_or_else(|_| std::panic::resume_unwind(Box::new(OutOfMemory { bytes })));
         #[cfg(target_os = "linux")]
         if bytes >= 4 << 20 {
             // Fewer page faults on first touch; a hint, so a refusal changes nothing.
@@ -64,7 +72,9 @@ impl<T: Pod> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         match &mut self.storage {
             Storage::Small(values) => values,
-            Storage::Mapped(map) => &mut bytemuck::cast_slice_mut(&mut map[..self.len * size_of::<T>()])[..self.len],
+            Storage::Mapped(map) => {
+                &mut bytemuck::cast_slice_mut(&mut map[..self.len * size_of::<T>()])[..self.len]
+            }
         }
     }
 }

@@ -105,7 +105,13 @@ fn lower_rows<T: Real>(
     }
 }
 
-fn tile<T: Real>(mut dst: MatMut<'_, T>, accumulate: bool, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: f64) {
+fn tile<T: Real>(
+    mut dst: MatMut<'_, T>,
+    accumulate: bool,
+    lhs: MatRef<'_, T>,
+    rhs: MatRef<'_, T>,
+    alpha: f64,
+) {
     let alpha = T::from_f64(alpha);
     let mut accum = if accumulate { Accum::Add } else { Accum::Replace };
     if lhs.ncols() == 0 && !accumulate {

@@ -9,7 +9,7 @@ mod buffer;
 mod gemm;
 pub mod vector;
 
-pub use buffer::Buffer;
+pub use buffer::{Buffer, OutOfMemory};
 pub use gemm::{Threading, gemm, gemm_lower, mat, mat_mut};
 
 use crate::read::dtype::{self, Dtype};
@@ -22,7 +22,15 @@ pub const PANEL: usize = 512;
 
 /// The solver's scalar: `f32` (storage of the CG vectors) or `f64` (direct solves, oracles).
 pub trait Real:
-    Copy + Send + Sync + Default + PartialOrd + std::fmt::Debug + bytemuck::Pod + faer::traits::RealField + 'static
+    Copy
+    + Send
+    + Sync
+    + Default
+    + PartialOrd
+    + std::fmt::Debug
+    + bytemuck::Pod
+    + faer::traits::RealField
+    + 'static
 {
     /// Bytes of one value.
     const BYTES: usize = size_of::<Self>();
@@ -48,10 +56,12 @@ impl Real for f32 {
         f64::from(self)
     }
     fn decode(dtype: Dtype, bytes: &[u8], out: &mut [Self]) {
-        dtype::decode_f32(dtype, bytes, out).expect("float dtypes and matching lengths are checked when the plan is made");
+        dtype::decode_f32(dtype, bytes, out)
+            .expect("float dtypes and matching lengths are checked when the plan is made");
     }
     fn encode(dtype: Dtype, values: &[Self], out: &mut [u8]) {
-        dtype::encode_f32(dtype, values, out).expect("float dtypes and matching lengths are checked when the plan is made");
+        dtype::encode_f32(dtype, values, out)
+            .expect("float dtypes and matching lengths are checked when the plan is made");
     }
     fn first_nonfinite(values: &[Self]) -> Option<usize> {
         dtype::first_nonfinite_f32(values)
@@ -68,10 +78,12 @@ impl Real for f64 {
         self
     }
     fn decode(dtype: Dtype, bytes: &[u8], out: &mut [Self]) {
-        dtype::decode_f64(dtype, bytes, out).expect("float dtypes and matching lengths are checked when the plan is made");
+        dtype::decode_f64(dtype, bytes, out)
+            .expect("float dtypes and matching lengths are checked when the plan is made");
     }
     fn encode(dtype: Dtype, values: &[Self], out: &mut [u8]) {
-        dtype::encode_f64(dtype, values, out).expect("float dtypes and matching lengths are checked when the plan is made");
+        dtype::encode_f64(dtype, values, out)
+            .expect("float dtypes and matching lengths are checked when the plan is made");
     }
     fn first_nonfinite(values: &[Self]) -> Option<usize> {
         dtype::first_nonfinite_f64(values)
@@ -79,6 +91,8 @@ impl Real for f64 {
 }
 
 /// Cuts `0..len` into ranges of [`PANEL`]; the last may be shorter.
-pub fn panels(len: usize) -> impl DoubleEndedIterator<Item = std::ops::Range<usize>> + ExactSizeIterator + Clone {
+pub fn panels(
+    len: usize,
+) -> impl DoubleEndedIterator<Item = std::ops::Range<usize>> + ExactSizeIterator + Clone {
     (0..len.div_ceil(PANEL)).map(move |k| k * PANEL..((k + 1) * PANEL).min(len))
 }

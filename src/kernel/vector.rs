@@ -13,7 +13,7 @@ const LANES: usize = 16;
 
 /// Runs a loop compiled for the widest vector unit that the machine has.
 #[inline(always)]
-fn dispatch<R>(op: impl FnOnce() -> R) -> R {
+pub(crate) fn dispatch<R>(op: impl FnOnce() -> R) -> R {
     struct Op<F>(F);
     impl<R, F: FnOnce() -> R> pulp::NullaryFnOnce for Op<F> {
         type Output = R;
@@ -27,10 +27,7 @@ fn dispatch<R>(op: impl FnOnce() -> R) -> R {
 }
 
 #[inline(always)]
-fn sum_lanes<T: Copy>(len: usize, mut term: impl FnMut(usize) -> f64) -> f64
-where
-    T: Real,
-{
+fn sum_lanes(len: usize, mut term: impl FnMut(usize) -> f64) -> f64 {
     let mut lanes = [0.0f64; LANES];
     let whole = len / LANES * LANES;
     let mut i = 0;
@@ -76,7 +73,7 @@ pub fn dot<T: Real>(x: &[T], y: &[T], threading: Threading) -> f64 {
             #[inline(always)]
             || {
                 let y = &y[..x.len()];
-                sum_lanes::<T>(
+                sum_lanes(
                     x.len(),
                     #[inline(always)]
                     |i| x[i].to_f64() * y[i].to_f64(),
@@ -92,7 +89,7 @@ pub fn squared_norm_of_sum<T: Real>(x: &[T], y: &[T], threading: Threading) -> f
     sum_pieces(len, threading, |k| {
         let range = k * PIECE..((k + 1) * PIECE).min(len);
         let (x, y) = (&x[range.clone()], &y[range]);
-        sum_lanes::<T>(x.len(), |i| {
+        sum_lanes(x.len(), |i| {
             let s = x[i].to_f64() + y[i].to_f64();
             s * s
         })
@@ -153,7 +150,7 @@ pub fn subtract_and_square<T: Real>(a: f64, q: &[T], r: &mut [T], threading: Thr
                     *r = T::from_f64(r.to_f64() - a * q.to_f64());
                 }
                 let r = &*r;
-                sum_lanes::<T>(
+                sum_lanes(
                     r.len(),
                     #[inline(always)]
                     |i| r[i].to_f64() * r[i].to_f64(),

@@ -12,7 +12,9 @@ use super::direct::{DirectMemory, DirectOutcome, GramDirect};
 use super::elementwise::Scratch;
 use super::iterative::{BlockContext, IterativeMemory, SharedFactors, SolveOutcome};
 use super::resolve::gram_key;
-use super::{MergeError, PIECE, Recipe, Solve, SolverChoice, Start, System, iterative, merge_elementwise, two_term};
+use super::{
+    MergeError, PIECE, Recipe, Solve, SolverChoice, Start, System, iterative, merge_elementwise, two_term,
+};
 use crate::kernel::{Buffer, Real, Threading};
 use crate::solve::StopReason;
 use crate::solve::stop::DirectMethod;
@@ -57,6 +59,8 @@ pub enum Values<'a> {
 
 /// Takes tiles of the result: index of the first element, and the values. May be called from many threads.
 pub type Emit<'a> = dyn Fn(usize, Values<'_>) -> Result<(), MergeError> + Sync + 'a;
+
+type EmitTyped<'a, T> = dyn Fn(usize, &[T]) -> Result<(), MergeError> + Sync + 'a;
 
 /// State that the tensors of one unit share.
 #[derive(Default)]
@@ -113,14 +117,17 @@ pub fn merge_block(
                         shared,
                     )?,
                     Stage::Iterative(memory) => {
-                        let x0 = std::mem::replace(&mut source, Source::Start(&Start::Zero)).whole(context)?;
+                        let x0 =
+                            std::mem::replace(&mut source, Source::Start(&Start::Zero)).whole(context)?;
                         let mut d = Buffer::<f32>::zeroed(x0.len());
                         let solve = &recipe.solves[k];
                         let outcome =
                             iterative::solve_block(context, solve, memory, &x0, &mut d, &mut shared.factors)?;
                         (finish_displacement(context, x0, &d, last.then_some(emit))?, vec![outcome])
                     }
-                    Stage::TwoTerm => two_term_run(context, &recipe.solves[k], &source, last.then_some(emit))?,
+                    Stage::TwoTerm => {
+                        two_term_run(context, &recipe.solves[k], &source, last.then_some(emit))?
+                    }
                 };
                 outcomes.append(&mut found);
                 source = Source::Whole(next);
@@ -177,7 +184,15 @@ fn fill<T: Real>(
         let values = &mut values[..out.len()];
         let begin = first + k * PIECE;
         let range = begin..begin + out.len();
-        merge_elementwise(context.inputs, start, context.tensor, range, values, &mut Scratch::default(), context.tally)?;
+        merge_elementwise(
+            context.inputs,
+            start,
+            context.tensor,
+            range,
+            values,
+            &mut Scratch::default(),
+            context.tally,
+        )?;
         for (out, v) in out.iter_mut().zip(&*values) {
             *out = convert(*v);
         }
@@ -214,7 +229,7 @@ fn for_tiles<R: Send>(
 fn start_tiles<T: Real>(
     context: &BlockContext<'_>,
     start: &Start,
-    emit: &(dyn Fn(usize, &[T]) -> Result<(), MergeError> + Sync),
+    emit: &EmitTyped<'_, T>,
 ) -> Result<(), MergeError> {
     // A small tile keeps the values in cache until they are encoded; the writer joins what is adjacent.
     const SUB: usize = 8 * PIECE;
@@ -224,7 +239,15 @@ fn start_tiles<T: Real>(
         for first in range.clone().step_by(SUB) {
             let sub = first..(first + SUB).min(range.end);
             let values = &mut values[..sub.len()];
-            merge_elementwise(context.inputs, start, context.tensor, sub, values, &mut scratch, context.tally)?;
+            merge_elementwise(
+                context.inputs,
+                start,
+                context.tensor,
+                sub,
+                values,
+                &mut scratch,
+                context.tally,
+            )?;
             emit(first, values)?;
         }
         Ok(())
@@ -271,7 +294,10 @@ fn closed_form_tiles(
         .collect())
 }
 
-fn elementwise_system(context: &BlockContext<'_>, solve: &Solve) -> Result<(DiagonalSystem, f64), MergeError> {
+fn elementwise_system(
+    context: &BlockContext<'_>,
+    solve: &Solve,
+) -> Result<(DiagonalSystem, f64), MergeError> {
     let system = DiagonalSystem::new(context.inputs, solve, context.tensor);
     let shift = if solve.ridge > 0.0 {
         solve.ridge * system.mean_diagonal(context.shape.elements(), context.tally)?
@@ -293,7 +319,14 @@ fn solve_elements(
         .enumerate()
         .map(|(k, x)| {
             let begin = first + k * PIECE;
-            system.solve_piece(context.inputs, context.tensor, begin..begin + x.len(), shift, x, context.tally)
+            system.solve_piece(
+                context.inputs,
+                context.tensor,
+                begin..begin + x.len(),
+                shift,
+                x,
+                context.tally,
+            )
         })
         .collect()
 }
@@ -381,11 +414,23 @@ fn rows_run(
         for (k, stage) in prepared.iter().enumerate() {
             match stage {
                 Prepared::Gram(gram) => {
-                    grams[k].extend(gram.solve_rows(context.inputs, context.tensor, tile.start, x, context.tally)?);
+                    grams[k].extend(gram.solve_rows(
+                        context.inputs,
+                        context.tensor,
+                        tile.start,
+                        x,
+                        context.tally,
+                    )?);
                 }
                 Prepared::Shared(key) => {
                     let gram = &shared.grams[key];
-                    grams[k].extend(gram.solve_rows(context.inputs, context.tensor, tile.start, x, context.tally)?);
+                    grams[k].extend(gram.solve_rows(
+                        context.inputs,
+                        context.tensor,
+                        tile.start,
+                        x,
+                        context.tally,
+                    )?);
                 }
                 Prepared::Elements(system, shift) => {
                     elements[k].extend(solve_elements(context, system, *shift, first, x)?);
@@ -433,7 +478,8 @@ fn direct_outcome(gram: &GramDirect, parts: &[DirectOutcome]) -> SolveOutcome {
 
 /// Emits long f64 results by tiles, side by side.
 fn emit_all(context: &BlockContext<'_>, first: usize, x: &[f64], emit: &Emit<'_>) -> Result<(), MergeError> {
-    for_tiles(context, tiles(x.len(), TILE / 4), |range| emit(first + range.start, Values::F64(&x[range]))).map(|_| ())
+    for_tiles(context, tiles(x.len(), TILE / 4), |range| emit(first + range.start, Values::F64(&x[range])))
+        .map(|_| ())
 }
 
 /// `x₀ + d`, rounded once: to the output, or to the next stage's start.
@@ -450,8 +496,11 @@ fn finish_displacement(
         }
         Some(emit) => {
             for_tiles(context, tiles(d.len(), 4 * PIECE), |range| {
-                let x: Vec<f64> =
-                    x0[range.clone()].iter().zip(&d[range.clone()]).map(|(x, d)| f64::from(*x) + f64::from(*d)).collect();
+                let x: Vec<f64> = x0[range.clone()]
+                    .iter()
+                    .zip(&d[range.clone()])
+                    .map(|(x, d)| f64::from(*x) + f64::from(*d))
+                    .collect();
                 emit(range.start, Values::F64(&x))
             })?;
             Ok(Buffer::zeroed(0))

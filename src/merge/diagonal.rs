@@ -117,8 +117,9 @@ impl DiagonalSystem {
         let (mut f, mut theta, mut rhs) = (vec![0.0; len], vec![0.0; len], vec![0.0; len]);
         let mut bytes = Vec::new();
         for term in &self.terms {
-            let meta =
-                inputs.tensor(term.source, tensor).expect("a recipe names a checkpoint only where it has the tensor");
+            let meta = inputs
+                .tensor(term.source, tensor)
+                .expect("a recipe names a checkpoint only where it has the tensor");
             inputs.read(term.source, meta, range.clone(), &mut theta, &mut bytes, tally)?;
             self.fisher(term, range.clone(), &mut f, &mut bytes, tally)?;
             for i in 0..len {
@@ -159,6 +160,7 @@ impl DiagonalSystem {
 
     /// For CG: the residual `Σ wF(θ-x)` and the diagonal `Σ wF`, both scaled, into f32 vectors; gives the objective at
     /// `x` and `‖b‖²`, unscaled.
+    #[allow(clippy::too_many_arguments, reason = "two outputs beside what is read")]
     pub fn residual(
         &self,
         inputs: &Inputs,

@@ -50,7 +50,11 @@ impl DirectMemory {
             square
         };
         // S; x, right-hand side, displacement and one more for refinement; a streamed panel and its product.
-        square + formed + 4 * t * n * 8 + panel * n * 8 + panel * panel.min(t) * 8
+        square
+            + formed
+            + 4 * t * n * 8
+            + panel * n * 8
+            + panel * panel.min(t) * 8
             + if self.eigen { Eigen::SQUARES as u64 * square } else { 0 }
     }
 }
@@ -83,8 +87,14 @@ struct DirectTerm {
 enum Prepared {
     /// All Grams are zero.
     Zero,
-    Cholesky { s: Buffer<f64>, refinements: usize },
-    Eigen { s: Buffer<f64>, eigen: Eigen },
+    Cholesky {
+        s: Buffer<f64>,
+        refinements: usize,
+    },
+    Eigen {
+        s: Buffer<f64>,
+        eigen: Eigen,
+    },
 }
 
 /// What one tile of rows tells, in the order of its panels of rows.
@@ -120,7 +130,13 @@ impl GramDirect {
             let handle = gram_factor(inputs, model, tensor, kind, rows, columns, tally)?;
             if handle.trace() > 0.0 {
                 let forms = handle.is_low_rank() && forms_gram(handle.shape().0, columns);
-                terms.push(DirectTerm { source: model.source, weight: model.weight, handle, formed: None, forms });
+                terms.push(DirectTerm {
+                    source: model.source,
+                    weight: model.weight,
+                    handle,
+                    formed: None,
+                    forms,
+                });
             }
         }
         let trace: f64 = terms.iter().map(|t| t.weight * t.handle.trace()).sum();
@@ -190,7 +206,10 @@ impl GramDirect {
         }
         if !self.memory.eigen {
             return Err(MergeError::Unsupported {
-                what: format!("tensor `{}`: a Gram matrix that is not positive semidefinite", crate::read::escaped(tensor)),
+                what: format!(
+                    "tensor `{}`: a Gram matrix that is not positive semidefinite",
+                    crate::read::escaped(tensor)
+                ),
                 hint: "give a larger --max-memory (an eigendecomposition would be tried) or set solver.ridge",
             });
         }
@@ -238,7 +257,9 @@ impl GramDirect {
         let mut extra = Buffer::<f64>::zeroed(rows * n);
         for term in 0..self.terms.len() {
             let DirectTerm { source, weight, ref formed, forms, .. } = self.terms[term];
-            let meta = inputs.tensor(source, tensor).expect("a recipe names a checkpoint only where it has the tensor");
+            let meta = inputs
+                .tensor(source, tensor)
+                .expect("a recipe names a checkpoint only where it has the tensor");
             let first = first_row * n;
             read_difference(inputs, source, meta, first, x, &mut delta, threading, tally)?;
             let made;
@@ -282,8 +303,10 @@ impl GramDirect {
             let residual = &mut extra[range.clone()];
             residual.copy_from_slice(&rhs[range.clone()]);
             self.subtract_product(s, &delta[range.clone()], residual, &tiles[..1], &mut scratch);
-            outcome.sampled_residual =
-                (vector::dot(residual, residual, threading), vector::dot(&rhs[range.clone()], &rhs[range], threading));
+            outcome.sampled_residual = (
+                vector::dot(residual, residual, threading),
+                vector::dot(&rhs[range.clone()], &rhs[range], threading),
+            );
         }
         for (outcome, tile) in outcomes.iter_mut().zip(&tiles) {
             let range = tile.start * n..tile.end * n;
@@ -360,7 +383,9 @@ pub(super) fn read_difference<T: Real>(
     };
     match threading {
         Threading::Sequential => delta.chunks_mut(PIECE).zip(x.chunks(PIECE)).enumerate().try_for_each(piece),
-        Threading::Parallel => delta.par_chunks_mut(PIECE).zip(x.par_chunks(PIECE)).enumerate().try_for_each(piece),
+        Threading::Parallel => {
+            delta.par_chunks_mut(PIECE).zip(x.par_chunks(PIECE)).enumerate().try_for_each(piece)
+        }
     }
 }
 

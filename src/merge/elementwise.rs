@@ -35,7 +35,9 @@ pub fn merge_elementwise<T: Real>(
         let [x, base_values] = &mut buffers;
         let (x, base_values) = (&mut x[..out.len()], &mut base_values[..out.len()]);
         let mut read = |source: SourceId, out: &mut [T]| {
-            let meta = inputs.tensor(source, name).expect("a recipe names a checkpoint only where it has the tensor");
+            let meta = inputs
+                .tensor(source, name)
+                .expect("a recipe names a checkpoint only where it has the tensor");
             inputs.read(source, meta, elements.clone(), out, &mut scratch.bytes, tally)
         };
         match start {
@@ -54,14 +56,14 @@ pub fn merge_elementwise<T: Real>(
                     } else {
                         read(*source, x)?;
                         for (v, x) in out.iter_mut().zip(&*x) {
-                            *v = *v + weight * *x;
+                            *v += weight * *x;
                         }
                     }
                 }
                 if *divisor != 1.0 {
                     let divisor = T::from_f64(*divisor);
                     for v in &mut *out {
-                        *v = *v / divisor;
+                        *v /= divisor;
                     }
                 }
             }
@@ -72,7 +74,7 @@ pub fn merge_elementwise<T: Real>(
                     let weight = T::from_f64(*weight);
                     read(*source, x)?;
                     for ((v, x), b) in out.iter_mut().zip(&*x).zip(&*base_values) {
-                        *v = *v + weight * (*x - *b);
+                        *v += weight * (*x - *b);
                     }
                 }
                 let scale = T::from_f64(*scale);

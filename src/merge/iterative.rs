@@ -11,13 +11,13 @@ use super::{GramKind, Inputs, MergeError, Solve, SolveModel, SolverChoice, Syste
 use crate::config::PreconditionerKind;
 use crate::kernel::{Buffer, Threading, vector};
 use crate::operator::{
-    BlockShape, Damped, Diagonal, Factor, GramSum, GramTerm, KroneckerSum, KroneckerTerm, LinearOperator, OperatorSum,
-    Workspace,
+    BlockShape, Damped, Diagonal, Factor, GramSum, GramTerm, KroneckerSum, KroneckerTerm, LinearOperator,
+    OperatorSum, Workspace,
 };
 use crate::precond::{Jacobi, NoPreconditioner, Preconditioner};
 use crate::solve::{
-    Any, Cancelled, CgVectors, IterationRecord, MaxIterations, ObjectiveDecrease, RelativeResidual, SolveStart,
-    StopReason, conjugate_gradients,
+    Any, Cancelled, CgVectors, IterationRecord, MaxIterations, ObjectiveDecrease, RelativeResidual,
+    SolveStart, StopReason, conjugate_gradients,
 };
 
 /// What the memory plan settled for one iterative solve.
@@ -250,7 +250,8 @@ fn solve_diagonal(
     let scale = power_of_two_scale(mean);
     let mut r = Buffer::<f32>::zeroed(shape.elements());
     let mut diagonal = Buffer::<f32>::zeroed(shape.elements());
-    let (objective, rhs_squared) = system.residual(inputs, tensor, scale, x0, &mut r, &mut diagonal, tally)?;
+    let (objective, rhs_squared) =
+        system.residual(inputs, tensor, scale, x0, &mut r, &mut diagonal, tally)?;
     let operator = Diagonal::new(shape, vec![diagonal])?;
     let shift = solve.ridge * mean * scale;
     let start = Start {
@@ -300,8 +301,9 @@ fn iterate(
         let mut objective = 0.0;
         r.fill(0.0);
         for (term, model) in models.iter().enumerate() {
-            let meta =
-                inputs.tensor(model.source, tensor).expect("a recipe names a checkpoint only where it has the tensor");
+            let meta = inputs
+                .tensor(model.source, tensor)
+                .expect("a recipe names a checkpoint only where it has the tensor");
             read_difference(inputs, model.source, meta, 0, x, p, threading, tally)?;
             let before = vector::dot(p, r, threading);
             operator.accumulate_term(term, p, r, workspace)?;
@@ -332,7 +334,8 @@ fn run(
     d: &mut [f32],
     workspace: &mut Workspace<f32>,
 ) -> Result<(SolveOutcome, Buffer<f32>), MergeError> {
-    let SolverChoice::Iterative { preconditioner, max_iterations, tolerance, by_objective } = solve.solver else {
+    let SolverChoice::Iterative { preconditioner, max_iterations, tolerance, by_objective } = solve.solver
+    else {
         unreachable!("direct systems are solved elsewhere")
     };
     let threading = context.threading;

@@ -16,13 +16,13 @@ mod resolve;
 mod terms;
 mod two_term;
 
+pub use direct::{DirectMemory, forms_gram};
 pub use elementwise::{PIECE, merge_elementwise};
 pub use inputs::{Inputs, ModelInput, SourceId, Tally};
-pub use direct::{DirectMemory, forms_gram};
 pub use iterative::{BlockContext, IterativeMemory, SolveOutcome};
 pub use recipe::{GramKind, Recipe, Solve, SolveModel, SolverChoice, Start, System};
-pub(crate) use resolve::{gram_key, input_factors_key, statistics_keys};
 pub use resolve::{LayerPosition, Resolution, resolve};
+pub(crate) use resolve::{gram_key, input_factors_key, statistics_keys};
 pub use two_term::memory_bytes as two_term_bytes;
 
 use crate::operator::OperatorError;
@@ -52,8 +52,11 @@ pub enum MergeError {
         source: NoConvergence,
     },
     /// A value of a model that is not finite.
-    #[error("{model}: tensor `{}` holds {value} at flat index {index} (expected finite numbers; `--nonfinite propagate` \
-             merges it all the same)", escaped(tensor))]
+    #[error(
+        "{model}: tensor `{}` holds {value} at flat index {index} (expected finite numbers; `--nonfinite propagate` \
+             merges it all the same)",
+        escaped(tensor)
+    )]
     NonFinite {
         /// The checkpoint.
         model: String,
@@ -65,8 +68,11 @@ pub enum MergeError {
         value: f64,
     },
     /// All weights of a parameter are 0.
-    #[error("tensor `{}`: the weights of all models are 0, or sum to 0 where the sum divides (got {weights:?}, expected \
-             a sum that is not 0)", escaped(tensor))]
+    #[error(
+        "tensor `{}`: the weights of all models are 0, or sum to 0 where the sum divides (got {weights:?}, expected \
+             a sum that is not 0)",
+        escaped(tensor)
+    )]
     ZeroWeights {
         /// The parameter.
         tensor: String,
@@ -74,7 +80,10 @@ pub enum MergeError {
         weights: Vec<f64>,
     },
     /// A parameter without statistics where the config says `unmatched: error`.
-    #[error("tensor `{}` cannot be merged: {reason} (expected statistics, because of `unmatched: error`)", escaped(tensor))]
+    #[error(
+        "tensor `{}` cannot be merged: {reason} (expected statistics, because of `unmatched: error`)",
+        escaped(tensor)
+    )]
     Unmatched {
         /// The parameter.
         tensor: String,
@@ -82,8 +91,10 @@ pub enum MergeError {
         reason: String,
     },
     /// A solver that does not fit the system.
-    #[error("tensor `{}`: solver.method `direct` solves K-FAC systems of at most two models (got {models}); try `cg`",
-            escaped(tensor))]
+    #[error(
+        "tensor `{}`: solver.method `direct` solves K-FAC systems of at most two models (got {models}); try `cg`",
+        escaped(tensor)
+    )]
     NotDirect {
         /// The parameter.
         tensor: String,
@@ -99,7 +110,10 @@ pub enum MergeError {
         hint: &'static str,
     },
     /// A tensor that a step needs and a checkpoint lacks.
-    #[error("{model}: tensor `{}` is missing or has another shape (got {got}, expected {expected:?})", escaped(tensor))]
+    #[error(
+        "{model}: tensor `{}` is missing or has another shape (got {got}, expected {expected:?})",
+        escaped(tensor)
+    )]
     Missing {
         /// The checkpoint.
         model: String,
@@ -113,6 +127,15 @@ pub enum MergeError {
     /// The result could not be handed on.
     #[error(transparent)]
     Write(#[from] crate::write::WriteError),
+    /// The system refused memory that the plan counts on.
+    #[error(
+        "out of memory: the system refused {bytes} bytes that are within --max-memory (got less than was planned, \
+             expected all of it); try a smaller --max-memory"
+    )]
+    OutOfMemory {
+        /// Size of the refused buffer.
+        bytes: usize,
+    },
     /// The run is being stopped from outside.
     #[error("interrupted")]
     Cancelled,

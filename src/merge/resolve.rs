@@ -2,8 +2,8 @@
 
 use super::{GramKind, Inputs, MergeError, Recipe, Solve, SolveModel, SolverChoice, SourceId, Start, System};
 use crate::config::{
-    DeltaScale, Initial, MergeConfig, Method, PreconditionerKind, Round, SolverMethod, Subspace, TASK_VECTOR_RIDGE,
-    Unmatched,
+    DeltaScale, Initial, MergeConfig, Method, PreconditionerKind, Round, SolverMethod, Subspace,
+    TASK_VECTOR_RIDGE, Unmatched,
 };
 use crate::read::{Checkpoint, TensorMeta};
 use crate::statistics::{Form, Kind};
@@ -31,7 +31,8 @@ impl LayerPosition {
             let own = |config: &serde_json::Value| KEYS.iter().find_map(|k| config.get(k)?.as_u64());
             own(config).or_else(|| config.get("text_config").and_then(own))
         });
-        let named = || checkpoint.tensors().iter().filter_map(|t| layer_index(&t.name)).max().map_or(0, |k| k + 1);
+        let named =
+            || checkpoint.tensors().iter().filter_map(|t| layer_index(&t.name)).max().map_or(0, |k| k + 1);
         Self { layers: stated.map_or_else(named, |n| n as usize) }
     }
 
@@ -104,8 +105,13 @@ impl Resolver<'_> {
     }
 
     fn linear(&self, round: &Round) -> Result<Start, MergeError> {
-        let terms: Vec<_> =
-            self.inputs.models.iter().enumerate().map(|(i, m)| (m.source, round.weight(i, self.name(), self.t))).collect();
+        let terms: Vec<_> = self
+            .inputs
+            .models
+            .iter()
+            .enumerate()
+            .map(|(i, m)| (m.source, round.weight(i, self.name(), self.t)))
+            .collect();
         let sum: f64 = terms.iter().map(|t| t.1).sum();
         let divisor = if round.normalize(self.name(), self.t) { sum } else { 1.0 };
         self.divides(divisor, &terms)?;
@@ -200,7 +206,9 @@ impl Resolver<'_> {
         let inner = match &round.initial {
             Initial::Auto => match round.method {
                 Method::Wudi | Method::Actmat => return Ok(start(self.sum_of_task_vectors())),
-                Method::Mats if self.inputs.base.is_some() && !matches!(round.subspace, Subspace::DeltaGram(_)) => {
+                Method::Mats
+                    if self.inputs.base.is_some() && !matches!(round.subspace, Subspace::DeltaGram(_)) =>
+                {
                     let models = self.task_vector_models();
                     if models.is_empty() || self.delta_reason().is_some() {
                         return Ok(start(self.average()));
@@ -257,7 +265,11 @@ impl Resolver<'_> {
     }
 
     /// The system that the tensor's statistics allow, or why there is none.
-    fn system(&self, subspace: Subspace, models: &[SolveModel]) -> Result<Result<System, String>, MergeError> {
+    fn system(
+        &self,
+        subspace: Subspace,
+        models: &[SolveModel],
+    ) -> Result<Result<System, String>, MergeError> {
         Ok(match subspace {
             Subspace::Identity => Ok(System::Identity),
             Subspace::DeltaGram(scale) => match self.delta_reason() {
@@ -456,7 +468,8 @@ pub(crate) fn statistics_keys(inputs: &Inputs, tensor: &str, solve: &Solve) -> V
 /// belongs to one tensor.
 pub(crate) fn gram_key(inputs: &Inputs, tensor: &str, solve: &Solve) -> Option<String> {
     (solve.system == System::Gram(GramKind::Input) && solve.solver == SolverChoice::Direct).then(|| {
-        let weights: Vec<_> = solve.models.iter().map(|m| (m.weight.to_bits(), m.off_diagonal.to_bits())).collect();
+        let weights: Vec<_> =
+            solve.models.iter().map(|m| (m.weight.to_bits(), m.off_diagonal.to_bits())).collect();
         format!("{:?}", (statistics_keys(inputs, tensor, solve), weights, solve.ridge.to_bits()))
     })
 }
@@ -489,7 +502,9 @@ mod tests {
 
     #[test]
     fn embeddings_are_told_from_weights_by_name() {
-        for name in ["model.embed_tokens.weight", "transformer.wte.weight", "shared.weight", "a.position_bias.w"] {
+        for name in
+            ["model.embed_tokens.weight", "transformer.wte.weight", "shared.weight", "a.position_bias.w"]
+        {
             assert!(is_embedding(name), "{name}");
         }
         for name in ["model.layers.0.mlp.up_proj.weight", "lm_head.weight", "h.0.attn.c_attn.weight"] {

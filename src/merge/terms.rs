@@ -44,8 +44,11 @@ impl FactorHandle {
 
     /// Ready for an operator: read into memory, or to be streamed at each use.
     pub fn load<T: Real>(&self, hold: bool, threading: Threading) -> Result<Factor<T>, OperatorError> {
-        let panels =
-            if hold { Panels::held(self.rows.as_ref(), threading)? } else { Panels::streamed(Arc::clone(&self.rows)) };
+        let panels = if hold {
+            Panels::held(self.rows.as_ref(), threading)?
+        } else {
+            Panels::streamed(Arc::clone(&self.rows))
+        };
         if self.low_rank {
             let diagonal = Arc::clone(&self.summary.diagonal);
             Ok(Factor::LowRank(LowRank::new(panels, self.scale, self.off_diagonal, diagonal)))
@@ -94,7 +97,13 @@ fn statistic_factor(
     if let Some(rows) = GramRows::new(Arc::clone(statistics), statistic, model.off_diagonal) {
         let summary = rows.scan()?;
         let rows = Arc::new(counted(rows, statistic, tally));
-        return Ok(FactorHandle { rows, low_rank: false, scale: 1.0, off_diagonal: model.off_diagonal, summary });
+        return Ok(FactorHandle {
+            rows,
+            low_rank: false,
+            scale: 1.0,
+            off_diagonal: model.off_diagonal,
+            summary,
+        });
     }
     let rows = FactorRows::new(Arc::clone(statistics), statistic);
     let summary = rows.scan()?;

@@ -6,7 +6,8 @@ use super::terms::FactorHandle;
 use super::{MergeError, Solve};
 use crate::kernel::{Buffer, Threading, vector};
 use crate::operator::{
-    BlockShape, Damped, Factor, KroneckerSum, KroneckerTerm, LinearOperator, OperatorError, OperatorSum, Workspace,
+    BlockShape, Damped, Factor, KroneckerSum, KroneckerTerm, LinearOperator, OperatorError, OperatorSum,
+    Workspace,
 };
 use crate::precond::Preconditioner;
 use crate::solve::eigen::{Eigen, Pencil, TwoTermInverse};
@@ -18,7 +19,7 @@ const REFINE_TO: f64 = 1e-12;
 /// … or so many steps: a handful where the ridge is weak or strong, some tens in between.
 const REFINE_STEPS: usize = 200;
 
-/// Bytes of f64 buffers that [`solve_block`] holds at its peak for `[out, in]`.
+/// Bytes of f64 buffers that a two-model solve holds at its peak for `[out, in]`.
 pub fn memory_bytes(shape: BlockShape) -> u64 {
     let (m, n) = (shape.out_features as u64, shape.in_features as u64);
     let side = m.max(n);
@@ -34,7 +35,11 @@ pub fn memory_bytes(shape: BlockShape) -> u64 {
 ///
 /// # Errors
 /// Those of reading, and [`MergeError::Eigen`] on factors that are not finite.
-pub fn solve_block(context: &BlockContext<'_>, solve: &Solve, x: &mut [f64]) -> Result<SolveOutcome, MergeError> {
+pub fn solve_block(
+    context: &BlockContext<'_>,
+    solve: &Solve,
+    x: &mut [f64],
+) -> Result<SolveOutcome, MergeError> {
     let BlockContext { inputs, tensor, shape, threading, tally, .. } = *context;
     let (m, n) = (shape.out_features, shape.in_features);
     let handles = kfac_handles(context, solve)?;
@@ -78,8 +83,9 @@ pub fn solve_block(context: &BlockContext<'_>, solve: &Solve, x: &mut [f64]) -> 
         let mut objective = 0.0;
         r.fill(0.0);
         for (term, (model, _, _)) in handles.iter().enumerate() {
-            let meta =
-                inputs.tensor(model.source, tensor).expect("a recipe names a checkpoint only where it has the tensor");
+            let meta = inputs
+                .tensor(model.source, tensor)
+                .expect("a recipe names a checkpoint only where it has the tensor");
             read_difference(inputs, model.source, meta, 0, x, p, threading, tally)?;
             let before = vector::dot(p, r, threading);
             operator.accumulate_term(term, p, r, workspace)?;
@@ -105,7 +111,8 @@ pub fn solve_block(context: &BlockContext<'_>, solve: &Solve, x: &mut [f64]) -> 
         let mut q = Buffer::<f64>::zeroed(m * n);
         let mut z = Buffer::<f64>::zeroed(m * n);
         let start = SolveStart { rhs_norm: residual_norm, residual_norm, unknowns: m * n };
-        let mut rule = Any(vec![Box::new(RelativeResidual(REFINE_TO)), Box::new(MaxIterations(REFINE_STEPS))]);
+        let mut rule =
+            Any(vec![Box::new(RelativeResidual(REFINE_TO)), Box::new(MaxIterations(REFINE_STEPS))]);
         let vectors = CgVectors { d: &mut d, r: &mut r, p: &mut p, q: &mut q, z: &mut z };
         let cg = conjugate_gradients(
             &damped,
@@ -161,7 +168,12 @@ impl Preconditioner<f64> for InPencils {
     fn scratch_elements(&self) -> usize {
         self.elements
     }
-    fn apply_inverse(&self, r: &[f64], z: &mut [f64], workspace: &mut Workspace<f64>) -> Result<(), OperatorError> {
+    fn apply_inverse(
+        &self,
+        r: &[f64],
+        z: &mut [f64],
+        workspace: &mut Workspace<f64>,
+    ) -> Result<(), OperatorError> {
         z.copy_from_slice(r);
         let (scratch, threading) = workspace.take(self.elements)?;
         self.inverse.apply(z, scratch, threading);

@@ -71,7 +71,11 @@ impl MemoryRows {
     /// [`OperatorError::ShapeMismatch`] if the length is another.
     pub fn new(rows: usize, columns: usize, values: Vec<f64>) -> Result<Self, OperatorError> {
         if values.len() != rows * columns {
-            return Err(OperatorError::ShapeMismatch { what: "rows", got: values.len(), expected: rows * columns });
+            return Err(OperatorError::ShapeMismatch {
+                what: "rows",
+                got: values.len(),
+                expected: rows * columns,
+            });
         }
         Ok(Self { rows, columns, values })
     }
@@ -122,7 +126,12 @@ impl<T: Real> Panels<T> {
         let (rows, columns) = source.shape();
         let mut buffer = Buffer::zeroed(rows * columns);
         for range in panels(rows) {
-            read_rows(source, range.clone(), &mut buffer[range.start * columns..range.end * columns], threading)?;
+            read_rows(
+                source,
+                range.clone(),
+                &mut buffer[range.start * columns..range.end * columns],
+                threading,
+            )?;
         }
         Ok(Self { rows, columns, store: Store::Held(Arc::new(buffer)) })
     }
@@ -319,7 +328,14 @@ impl<T: Real> Factor<T> {
                 for k in panels(f.panels.rows) {
                     let panel = f.panels.panel_view(k.clone(), panel_scratch, threading)?;
                     let mut sum = mat_mut(&mut sums[k.start * columns..k.end * columns], k.len(), columns);
-                    gemm(sum.rb_mut(), rows.start > 0, panel.get(.., rows.start..rows.end), tile, 1.0, threading);
+                    gemm(
+                        sum.rb_mut(),
+                        rows.start > 0,
+                        panel.get(.., rows.start..rows.end),
+                        tile,
+                        1.0,
+                        threading,
+                    );
                     if last {
                         let scale = alpha * f.scale * f.off_diagonal;
                         gemm(y.rb_mut(), true, panel.transpose(), sum.as_ref(), scale, threading);

@@ -6,7 +6,8 @@ use crate::merge::{Inputs, SourceId};
 use crate::read::{Dtype, TensorMeta, escaped};
 
 /// Tensors of a head that models tie to their input embedding …
-const HEADS: [&str; 4] = ["lm_head.weight", "embed_out.weight", "predictions.decoder.weight", "output_projection.weight"];
+const HEADS: [&str; 4] =
+    ["lm_head.weight", "embed_out.weight", "predictions.decoder.weight", "output_projection.weight"];
 /// … which goes by one of these names.
 const EMBEDDINGS: [&str; 6] = [
     "embed_tokens.weight",
@@ -37,8 +38,11 @@ pub enum AlignError {
         others: usize,
     },
     /// A dtype that cannot be merged.
-    #[error("{model}: tensor `{}` has dtype {dtype}, which cannot be merged (expected F32, F16, BF16 or F64; integers \
-             are copied); dequantise the checkpoint first", escaped(tensor))]
+    #[error(
+        "{model}: tensor `{}` has dtype {dtype}, which cannot be merged (expected F32, F16, BF16 or F64; integers \
+             are copied); dequantise the checkpoint first",
+        escaped(tensor)
+    )]
     Dtype {
         /// The model as written.
         model: String,
@@ -48,8 +52,12 @@ pub enum AlignError {
         dtype: Dtype,
     },
     /// Tied in one model and not in another.
-    #[error("{tied}: tensor `{}` is tied to `{}`, but {untied} stores both (expected the same in all models); \
-             `--untie` stores it on its own in the output", escaped(head), escaped(embedding))]
+    #[error(
+        "{tied}: tensor `{}` is tied to `{}`, but {untied} stores both (expected the same in all models); \
+             `--untie` stores it on its own in the output",
+        escaped(head),
+        escaped(embedding)
+    )]
     Tied {
         /// Model that ties.
         tied: String,
@@ -105,7 +113,8 @@ pub fn align(inputs: &Inputs, untie: bool) -> Result<Alignment, AlignError> {
     let mut alignment = Alignment::default();
 
     let mut candidates: Vec<TensorMeta> = inputs.checkpoints[reference].tensors().to_vec();
-    let known: BTreeSet<&str> = inputs.checkpoints[reference].tensors().iter().map(|t| t.name.as_str()).collect();
+    let known: BTreeSet<&str> =
+        inputs.checkpoints[reference].tensors().iter().map(|t| t.name.as_str()).collect();
     let mut extra: BTreeMap<&str, (&TensorMeta, SourceId)> = BTreeMap::new();
     for source in &sources {
         for tensor in inputs.checkpoints[*source].tensors() {
@@ -130,9 +139,10 @@ pub fn align(inputs: &Inputs, untie: bool) -> Result<Alignment, AlignError> {
             candidates.push(tensor.clone());
             continue;
         }
-        alignment
-            .left_out
-            .insert(name.to_owned(), format!("only some models have it (first found in {})", inputs.names[source]));
+        alignment.left_out.insert(
+            name.to_owned(),
+            format!("only some models have it (first found in {})", inputs.names[source]),
+        );
     }
 
     let mut mismatches: Vec<AlignError> = Vec::new();
@@ -158,7 +168,8 @@ pub fn align(inputs: &Inputs, untie: bool) -> Result<Alignment, AlignError> {
                     dtype: found.dtype,
                 });
             }
-            if found.is_some_and(|f| f.shape == tensor.shape && f.dtype.is_float() == tensor.dtype.is_float()) {
+            if found.is_some_and(|f| f.shape == tensor.shape && f.dtype.is_float() == tensor.dtype.is_float())
+            {
                 continue;
             }
             if found.is_none()

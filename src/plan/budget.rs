@@ -6,8 +6,8 @@
 use crate::config::PreconditionerKind;
 use crate::kernel::PANEL;
 use crate::merge::block::{Stage, Strategy, is_elementwise};
-use crate::merge::{GramKind, Inputs, Recipe, Solve, SolverChoice, System};
 use crate::merge::{DirectMemory, IterativeMemory, forms_gram, two_term_bytes};
+use crate::merge::{GramKind, Inputs, Recipe, Solve, SolverChoice, System};
 use crate::operator::BlockShape;
 use crate::statistics::{Form, Kind};
 
@@ -46,7 +46,13 @@ struct Candidate {
 ///
 /// # Errors
 /// The bytes of the most frugal way, if that does not fit either.
-pub fn fit(inputs: &Inputs, tensor: &str, recipe: &Recipe, shape: BlockShape, available: u64) -> Result<BlockMemory, u64> {
+pub fn fit(
+    inputs: &Inputs,
+    tensor: &str,
+    recipe: &Recipe,
+    shape: BlockShape,
+    available: u64,
+) -> Result<BlockMemory, u64> {
     if recipe.solves.iter().all(is_elementwise) {
         return Ok(BlockMemory { strategy: Strategy::Elements, bytes: 0 });
     }
@@ -103,7 +109,8 @@ fn bytes(inputs: &Inputs, tensor: &str, recipe: &Recipe, shape: BlockShape, stag
         while rows(&stages[k]) && end < stages.len() && rows(&stages[end]) {
             end += 1;
         }
-        let run: u64 = (k..end).map(|i| stage_bytes(inputs, tensor, &recipe.solves[i], shape, stages[i])).sum();
+        let run: u64 =
+            (k..end).map(|i| stage_bytes(inputs, tensor, &recipe.solves[i], shape, stages[i])).sum();
         let result = if end == stages.len() { 0 } else { whole };
         // An iterative stage takes its source over and counts it itself.
         let held = if matches!(stages[k], Stage::Iterative(_)) { 0 } else { source };

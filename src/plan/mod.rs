@@ -17,8 +17,8 @@ use shards::{LayoutError, OutputLayout, TensorSpec};
 use crate::config::{MergeConfig, OutDtype};
 use crate::merge::block::{Stage, Strategy};
 use crate::merge::{
-    Inputs, LayerPosition, MergeError, Recipe, SolverChoice, SourceId, System, gram_key, input_factors_key, resolve,
-    statistics_keys,
+    Inputs, LayerPosition, MergeError, Recipe, SolverChoice, SourceId, System, gram_key, input_factors_key,
+    resolve, statistics_keys,
 };
 use crate::operator::BlockShape;
 use crate::read::{Dtype, TensorMeta};
@@ -177,12 +177,19 @@ impl MergePlan {
         }
 
         let mut planner = Planner { config, inputs, layers, available, worst: (0, String::new()) };
-        let blocks =
-            alignment.tensors.iter().map(|meta| planner.block(meta)).collect::<Result<Vec<_>, PlanError>>()?;
+        let blocks = alignment
+            .tensors
+            .iter()
+            .map(|meta| planner.block(meta))
+            .collect::<Result<Vec<_>, PlanError>>()?;
         let (worst_bytes, worst) = planner.worst;
         let least_memory_bytes = overhead_bytes + worst_bytes;
         if least_memory_bytes > limits.max_memory {
-            return Err(PlanError::Memory { tensor: worst, max_memory: limits.max_memory, least: least_memory_bytes });
+            return Err(PlanError::Memory {
+                tensor: worst,
+                max_memory: limits.max_memory,
+                least: least_memory_bytes,
+            });
         }
         let units = units(inputs, &blocks);
         let specs = blocks
@@ -250,7 +257,12 @@ impl Planner<'_> {
             reference
         } else {
             // A head that the reference ties and another model stores.
-            inputs.models.iter().map(|m| m.source).find(|s| inputs.checkpoints[*s].get(&meta.name).is_some()).unwrap_or(reference)
+            inputs
+                .models
+                .iter()
+                .map(|m| m.source)
+                .find(|s| inputs.checkpoints[*s].get(&meta.name).is_some())
+                .unwrap_or(reference)
         };
         let mut plan = BlockPlan {
             name: meta.name.clone(),
@@ -278,7 +290,7 @@ impl Planner<'_> {
         plan.unmatched = resolution.unmatched;
         plan.dtype = self.config.output_dtype().map_or(meta.dtype, stored);
         let recipe = resolution.recipe;
-        if let [] = recipe.solves[..]
+        if recipe.solves.is_empty()
             && let crate::merge::Start::Copy(from) = recipe.start
             && inputs.tensor(from, &meta.name).is_some_and(|t| t.dtype == plan.dtype)
         {

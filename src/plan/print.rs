@@ -14,8 +14,11 @@ impl BlockPlan {
         match &self.action {
             Action::Copy { reason, .. } => format!("copy ({reason})"),
             Action::Merge { recipe, .. } => {
-                let solves: Vec<String> =
-                    recipe.solves.iter().map(|s| format!("{} {}", s.system.name(), s.solver.name())).collect();
+                let solves: Vec<String> = recipe
+                    .solves
+                    .iter()
+                    .map(|s| format!("{} {}", s.system.name(), s.solver.name()))
+                    .collect();
                 if solves.is_empty() {
                     recipe.method.to_owned()
                 } else {
@@ -33,7 +36,9 @@ impl BlockPlan {
                 .iter()
                 .map(|stage| match stage {
                     Stage::Diagonal => "stream".to_owned(),
-                    Stage::Direct(memory) if memory.tile_rows >= self.block.out_features => "whole".to_owned(),
+                    Stage::Direct(memory) if memory.tile_rows >= self.block.out_features => {
+                        "whole".to_owned()
+                    }
                     Stage::Direct(memory) => format!("tiles of {} rows", memory.tile_rows),
                     Stage::Iterative(memory) => match (memory.hold_a, memory.hold_g) {
                         (true, true) => "factors held",
@@ -80,7 +85,8 @@ impl MergePlan {
                 })
             })
             .collect();
-        let not_merged: Vec<Value> = self.not_merged().map(|(name, reason)| json!({"name": name, "reason": reason})).collect();
+        let not_merged: Vec<Value> =
+            self.not_merged().map(|(name, reason)| json!({"name": name, "reason": reason})).collect();
         json!({
             "blocks": blocks,
             "units": self.units.len(),
@@ -107,7 +113,8 @@ impl MergePlan {
             }
             (Action::Merge { .. }, None) => None,
         });
-        blocks.chain(self.left_out.iter().map(|(name, reason)| (name.as_str(), format!("left out: {reason}"))))
+        blocks
+            .chain(self.left_out.iter().map(|(name, reason)| (name.as_str(), format!("left out: {reason}"))))
     }
 
     /// A table and totals.
@@ -129,7 +136,8 @@ impl MergePlan {
             })
             .collect();
         let titles = ["tensor", "output", "steps", "memory", "held"];
-        let width = |k: usize| rows.iter().map(|r| r[k].chars().count()).chain([titles[k].len()]).max().unwrap_or(0);
+        let width =
+            |k: usize| rows.iter().map(|r| r[k].chars().count()).chain([titles[k].len()]).max().unwrap_or(0);
         let widths: Vec<usize> = (0..5).map(width).collect();
         let line = |out: &mut dyn Write, cells: [&str; 5]| {
             let text: Vec<String> =

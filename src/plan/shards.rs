@@ -81,21 +81,14 @@ pub enum LayoutError {
     ReservedName,
 
     /// Two tensors of one name.
-    #[error(
-        "tensor `{}`: named twice in the output (expected each name once)",
-        Escaped(name)
-    )]
+    #[error("tensor `{}`: named twice in the output (expected each name once)", Escaped(name))]
     DuplicateName {
         /// The tensor.
         name: String,
     },
 
     /// A dtype that safetensors does not have.
-    #[error(
-        "tensor `{}`: dtype `{}` is none of safetensors'",
-        Escaped(name),
-        Escaped(dtype)
-    )]
+    #[error("tensor `{}`: dtype `{}` is none of safetensors'", Escaped(name), Escaped(dtype))]
     UnknownDtype {
         /// The tensor.
         name: String,
@@ -187,11 +180,7 @@ impl OutputLayout {
             }
             shards.push(shard);
         }
-        Ok(Self {
-            specs,
-            shards,
-            places,
-        })
+        Ok(Self { specs, shards, places })
     }
 
     /// The tensors, in the order given.
@@ -207,9 +196,7 @@ impl OutputLayout {
     /// The shard that holds tensor number `tensor`, and the tensor's first byte in that file. `None`: no
     /// such tensor.
     pub fn locate(&self, tensor: usize) -> Option<(usize, u64)> {
-        self.places
-            .get(tensor)
-            .map(|&(shard, offset)| (shard as usize, offset))
+        self.places.get(tensor).map(|&(shard, offset)| (shard as usize, offset))
     }
 
     /// Bytes of tensor data: the index's `total_size`.
@@ -236,10 +223,8 @@ impl OutputLayout {
                 (self.specs[tensor].name.clone(), Value::from(file.as_str()))
             })
             .collect();
-        let index =
-            json!({ "metadata": { "total_size": self.tensor_bytes() }, "weight_map": weight_map });
-        let mut bytes =
-            serde_json::to_vec_pretty(&index).expect("strings and integers always serialise");
+        let index = json!({ "metadata": { "total_size": self.tensor_bytes() }, "weight_map": weight_map });
+        let mut bytes = serde_json::to_vec_pretty(&index).expect("strings and integers always serialise");
         bytes.push(b'\n');
         Some(bytes)
     }
@@ -255,15 +240,10 @@ fn check_specs(specs: &[TensorSpec]) -> Result<(), LayoutError> {
             return Err(LayoutError::ReservedName);
         }
         if !names.insert(spec.name.as_str()) {
-            return Err(LayoutError::DuplicateName {
-                name: spec.name.clone(),
-            });
+            return Err(LayoutError::DuplicateName { name: spec.name.clone() });
         }
         let Some(bits) = dtype_bits(&spec.dtype) else {
-            return Err(LayoutError::UnknownDtype {
-                name: spec.name.clone(),
-                dtype: spec.dtype.clone(),
-            });
+            return Err(LayoutError::UnknownDtype { name: spec.name.clone(), dtype: spec.dtype.clone() });
         };
         let expected = stored_bytes(&spec.shape, bits);
         if expected != Some(spec.bytes) {
@@ -278,18 +258,15 @@ fn check_specs(specs: &[TensorSpec]) -> Result<(), LayoutError> {
         total = total
             .checked_add(spec.bytes)
             .filter(|&sum| sum <= LIMIT)
-            .ok_or_else(|| LayoutError::TooLarge {
-                name: spec.name.clone(),
-            })?;
+            .ok_or_else(|| LayoutError::TooLarge { name: spec.name.clone() })?;
     }
     Ok(())
 }
 
 /// Bytes of a tensor; `None` if the product overflows or does not end on a byte.
 fn stored_bytes(shape: &[usize], bits: u64) -> Option<u64> {
-    let elements = shape.iter().try_fold(1_u64, |product, &side| {
-        product.checked_mul(u64::try_from(side).ok()?)
-    })?;
+    let elements =
+        shape.iter().try_fold(1_u64, |product, &side| product.checked_mul(u64::try_from(side).ok()?))?;
     let bits = elements.checked_mul(bits)?;
     bits.is_multiple_of(8).then_some(bits / 8)
 }
@@ -299,8 +276,7 @@ fn dtype_bits(name: &str) -> Option<u64> {
     Some(match name {
         "F4" => 4,
         "F6_E2M3" | "F6_E3M2" => 6,
-        "BOOL" | "U8" | "I8" | "F8_E5M2" | "F8_E4M3" | "F8_E8M0" | "F8_E5M2FNUZ"
-        | "F8_E4M3FNUZ" => 8,
+        "BOOL" | "U8" | "I8" | "F8_E5M2" | "F8_E4M3" | "F8_E8M0" | "F8_E5M2FNUZ" | "F8_E4M3FNUZ" => 8,
         "U16" | "I16" | "F16" | "BF16" => 16,
         "U32" | "I32" | "F32" => 32,
         "U64" | "I64" | "F64" | "C64" => 64,
@@ -314,11 +290,7 @@ fn alignment(spec: &TensorSpec) -> u64 {
 }
 
 /// Greedy in output order: the tensors of each shard.
-fn group(
-    specs: &[TensorSpec],
-    shard_bytes: u64,
-    header_limit: u64,
-) -> Result<Vec<Vec<usize>>, LayoutError> {
+fn group(specs: &[TensorSpec], shard_bytes: u64, header_limit: u64) -> Result<Vec<Vec<usize>>, LayoutError> {
     // `{`, metadata, `}` and up to 7 bytes of padding.
     let empty_header = METADATA_ENTRY.len() as u64 + 2 + 7;
     let mut groups = Vec::new();
@@ -327,13 +299,9 @@ fn group(
         // Offsets are not final yet, so every entry is counted with the longest ones there can be.
         let entry = 1 + header_entry(spec, u64::MAX, u64::MAX).len() as u64;
         if empty_header + entry > header_limit {
-            return Err(LayoutError::EntryTooLarge {
-                name: spec.name.clone(),
-                bytes: entry,
-            });
+            return Err(LayoutError::EntryTooLarge { name: spec.name.clone(), bytes: entry });
         }
-        if !members.is_empty() && (data + spec.bytes > shard_bytes || header + entry > header_limit)
-        {
+        if !members.is_empty() && (data + spec.bytes > shard_bytes || header + entry > header_limit) {
             groups.push(std::mem::take(&mut members));
             (data, header) = (0, empty_header);
         }
@@ -363,11 +331,7 @@ fn lay_out_shard(specs: &[TensorSpec], file_name: String, mut members: Vec<usize
         end += spec.bytes;
         json.push(',');
         json.push_str(&header_entry(spec, begin, end));
-        tensors.push(PlacedTensor {
-            spec: index,
-            offset: begin,
-            bytes: spec.bytes,
-        });
+        tensors.push(PlacedTensor { spec: index, offset: begin, bytes: spec.bytes });
     }
     json.push('}');
     while !json.len().is_multiple_of(8) {
@@ -380,13 +344,7 @@ fn lay_out_shard(specs: &[TensorSpec], file_name: String, mut members: Vec<usize
     for placed in &mut tensors {
         placed.offset += data_start;
     }
-    ShardLayout {
-        file_name,
-        header,
-        data_start,
-        file_bytes: data_start + end,
-        tensors,
-    }
+    ShardLayout { file_name, header, data_start, file_bytes: data_start + end, tensors }
 }
 
 /// Whether every tensor, laid end to end in this order, starts at a multiple of its element size.

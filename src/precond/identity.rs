@@ -13,7 +13,12 @@ impl<T: Real> Preconditioner<T> for NoPreconditioner {
     fn is_identity(&self) -> bool {
         true
     }
-    fn apply_inverse(&self, r: &[T], z: &mut [T], _workspace: &mut Workspace<T>) -> Result<(), OperatorError> {
+    fn apply_inverse(
+        &self,
+        r: &[T],
+        z: &mut [T],
+        _workspace: &mut Workspace<T>,
+    ) -> Result<(), OperatorError> {
         z.copy_from_slice(r);
         Ok(())
     }

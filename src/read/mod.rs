@@ -18,6 +18,7 @@ pub mod dtype;
 pub mod file;
 pub mod header;
 pub mod index;
+#[allow(unsafe_code, reason = "memory maps; each block says why it is sound")]
 mod mmap;
 mod pread;
 #[cfg(test)]

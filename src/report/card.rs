@@ -57,24 +57,13 @@ impl ModelCard {
             self.table(&mut card);
         }
         let fence = "`".repeat(longest_backtick_run(&self.config).max(2) + 1);
-        let newline = if self.config.is_empty() || self.config.ends_with('\n') {
-            ""
-        } else {
-            "\n"
-        };
-        let _ = write!(
-            card,
-            "\n## Configuration\n\n{fence}yaml\n{}{newline}{fence}\n",
-            self.config
-        );
+        let newline = if self.config.is_empty() || self.config.ends_with('\n') { "" } else { "\n" };
+        let _ = write!(card, "\n## Configuration\n\n{fence}yaml\n{}{newline}{fence}\n", self.config);
         card
     }
 
     fn front_matter(&self, card: &mut String) {
-        let named = self
-            .base_model
-            .iter()
-            .chain(self.models.iter().map(|model| &model.name));
+        let named = self.base_model.iter().chain(self.models.iter().map(|model| &model.name));
         let mut names: Vec<&String> = Vec::new();
         for name in named {
             if !names.contains(&name) {
@@ -149,16 +138,9 @@ fn markdown(text: &str) -> String {
 
 /// `text` as inline code, with a fence that its own backticks cannot close.
 fn code_span(text: &str) -> String {
-    let text: String = text
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect();
+    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     let fence = "`".repeat(longest_backtick_run(&text) + 1);
-    let pad = if text.starts_with('`') || text.ends_with('`') {
-        " "
-    } else {
-        ""
-    };
+    let pad = if text.starts_with('`') || text.ends_with('`') { " " } else { "" };
     format!("{fence}{pad}{text}{pad}{fence}")
 }
 
@@ -181,11 +163,7 @@ mod tests {
                     weight: Some("1.0".into()),
                     statistics: vec!["stats/p".into()],
                 },
-                CardModel {
-                    name: "models/qasc".into(),
-                    weight: None,
-                    statistics: Vec::new(),
-                },
+                CardModel { name: "models/qasc".into(), weight: None, statistics: Vec::new() },
             ],
             method: "mats".into(),
             summary: "Solved by cg.".into(),
@@ -205,37 +183,22 @@ mod tests {
 
     #[test]
     fn a_config_cannot_close_its_own_fence() {
-        let card = ModelCard {
-            config: "a: ````\n# ```".into(),
-            ..Default::default()
-        };
+        let card = ModelCard { config: "a: ````\n# ```".into(), ..Default::default() };
         let text = card.render();
-        assert!(
-            text.ends_with("`````yaml\na: ````\n# ```\n`````\n"),
-            "{text}"
-        );
+        assert!(text.ends_with("`````yaml\na: ````\n# ```\n`````\n"), "{text}");
     }
 
     #[test]
     fn names_cannot_break_out_of_table_or_front_matter() {
         let name = "a|b\n---\n\"x\\<script>";
         let card = ModelCard {
-            models: vec![CardModel {
-                name: name.into(),
-                ..Default::default()
-            }],
+            models: vec![CardModel { name: name.into(), ..Default::default() }],
             method: "`x`\n".into(),
             ..Default::default()
         };
         let text = card.render();
-        assert!(
-            text.contains("- \"a|b\\u000a---\\u000a\\\"x\\\\<script>\"\n"),
-            "{text}"
-        );
-        assert!(
-            text.contains("| a\\|b --- \"x\\\\\\<script\\> |\n"),
-            "{text}"
-        );
+        assert!(text.contains("- \"a|b\\u000a---\\u000a\\\"x\\\\<script>\"\n"), "{text}");
+        assert!(text.contains("| a\\|b --- \"x\\\\\\<script\\> |\n"), "{text}");
         assert_eq!(text.lines().filter(|line| *line == "---").count(), 2);
         assert!(text.contains("`` `x`  ``."), "{text}");
     }

@@ -251,25 +251,17 @@ impl RunReport {
     /// [`ReportError`], naming the file.
     pub fn read(directory: &Path) -> Result<Self, ReportError> {
         let path = directory.join(FILE_NAME);
-        let io = |source| ReportError::Io {
-            path: path.clone(),
-            source,
-        };
+        let io = |source| ReportError::Io { path: path.clone(), source };
         // By its metadata first: opening a FIFO would wait for a writer for ever.
         let metadata = std::fs::metadata(&path).map_err(io)?;
         if !metadata.is_file() {
             return Err(ReportError::NotRegular { path });
         }
         if metadata.len() > MAX_BYTES {
-            return Err(ReportError::TooLarge {
-                path,
-                bytes: metadata.len(),
-            });
+            return Err(ReportError::TooLarge { path, bytes: metadata.len() });
         }
         let mut bytes = Vec::new();
-        File::open(&path)
-            .and_then(|file| file.take(MAX_BYTES).read_to_end(&mut bytes))
-            .map_err(io)?;
+        File::open(&path).and_then(|file| file.take(MAX_BYTES).read_to_end(&mut bytes)).map_err(io)?;
         serde_json::from_slice(&bytes).map_err(|source| ReportError::Malformed { path, source })
     }
 }
@@ -292,18 +284,10 @@ mod tests {
             converged: Some(false),
             seconds: 1.5,
             bytes_read: 7,
-            rounds: vec![RoundReport {
-                method: "direct".into(),
-                seconds: 0.25,
-                ..Default::default()
-            }],
+            rounds: vec![RoundReport { method: "direct".into(), seconds: 0.25, ..Default::default() }],
             ..Default::default()
         };
-        let averaged = ParameterReport {
-            method: "average".into(),
-            seconds: 0.1,
-            ..Default::default()
-        };
+        let averaged = ParameterReport { method: "average".into(), seconds: 0.1, ..Default::default() };
         RunReport {
             version: "0.1.0".into(),
             config_hash: "00".into(),
@@ -320,10 +304,7 @@ mod tests {
         assert!(!text.contains("NaN") && !text.contains("inf"), "{text}");
         let json: Value = serde_json::from_str(&text).unwrap();
         assert_eq!(json["wall_seconds"], Value::Null);
-        assert_eq!(
-            json["parameters"]["w"]["final_relative_residual"],
-            Value::Null
-        );
+        assert_eq!(json["parameters"]["w"]["final_relative_residual"], Value::Null);
         assert_eq!(json["parameters"]["w"]["objective_final"], Value::Null);
         assert_eq!(json["bytes_written"], u64::MAX);
         assert!(text.ends_with("}\n"));
@@ -333,10 +314,7 @@ mod tests {
     fn what_makes_no_sense_is_absent() {
         let json: Value = serde_json::from_slice(&sample().to_json()).unwrap();
         let averaged = json["parameters"]["n\n\""].as_object().unwrap();
-        assert_eq!(
-            averaged.keys().collect::<Vec<_>>(),
-            ["method", "seconds", "bytes_read"]
-        );
+        assert_eq!(averaged.keys().collect::<Vec<_>>(), ["method", "seconds", "bytes_read"]);
         assert_eq!(json["parameters"]["w"]["rounds"][0]["method"], "direct");
         assert!(json.get("peak_rss_bytes").is_none());
     }
@@ -366,20 +344,11 @@ mod tests {
     fn what_is_no_record_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let message = RunReport::read(directory.path()).unwrap_err().to_string();
-        assert!(
-            message.contains("merge_report.json: cannot read"),
-            "{message}"
-        );
+        assert!(message.contains("merge_report.json: cannot read"), "{message}");
         std::fs::write(directory.path().join(FILE_NAME), b"{}").unwrap();
-        assert!(matches!(
-            RunReport::read(directory.path()),
-            Err(ReportError::Malformed { .. })
-        ));
+        assert!(matches!(RunReport::read(directory.path()), Err(ReportError::Malformed { .. })));
         std::fs::remove_file(directory.path().join(FILE_NAME)).unwrap();
         std::fs::create_dir(directory.path().join(FILE_NAME)).unwrap();
-        assert!(matches!(
-            RunReport::read(directory.path()),
-            Err(ReportError::NotRegular { .. })
-        ));
+        assert!(matches!(RunReport::read(directory.path()), Err(ReportError::NotRegular { .. })));
     }
 }

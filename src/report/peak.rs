@@ -26,9 +26,7 @@ pub fn anonymous_bytes() -> Option<u64> {
 
 fn parse(status: &str) -> Option<PeakMemory> {
     let field = |name: &str| -> Option<u64> {
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
         let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
         kib.checked_mul(1024)
     };
@@ -44,13 +42,11 @@ mod tests {
 
     #[test]
     fn the_kernels_text_is_understood() {
-        let status = "Name:\tx\nVmHWM:\t    2048 kB\nRssAnon:\t 100 kB\nRssFile:\t 5 kB\nRssShmem:\t   1 kB\n";
+        let status =
+            "Name:\tx\nVmHWM:\t    2048 kB\nRssAnon:\t 100 kB\nRssFile:\t 5 kB\nRssShmem:\t   1 kB\n";
         assert_eq!(
             parse(status),
-            Some(PeakMemory {
-                peak_rss_bytes: 2048 << 10,
-                anonymous_bytes: 101 << 10
-            })
+            Some(PeakMemory { peak_rss_bytes: 2048 << 10, anonymous_bytes: 101 << 10 })
         );
         assert_eq!(parse("VmHWM: 1 kB\n"), None);
         assert_eq!(parse("VmHWM: x kB\nRssAnon: 1 kB\nRssShmem: 1 kB\n"), None);
@@ -64,10 +60,7 @@ mod tests {
         let memory = peak_memory().unwrap();
         assert!(std::hint::black_box(&buffer)[1 << 20] == 1);
         // Other tests run beside this one and may free meanwhile: half is proof enough.
-        assert!(
-            memory.anonymous_bytes > before + (32 << 20),
-            "{memory:?} after {before}"
-        );
+        assert!(memory.anonymous_bytes > before + (32 << 20), "{memory:?} after {before}");
         assert!(memory.peak_rss_bytes >= 64 << 20);
     }
 }

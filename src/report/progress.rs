@@ -52,29 +52,18 @@ impl Progress {
     /// Progress over `total_blocks` blocks that read `total_bytes` bytes in all (0 where unknown: no
     /// time left is shown).
     pub fn new(mode: ProgressMode, total_blocks: u64, total_bytes: u64) -> Self {
-        let bar = || {
-            Shown::Bar(new_bar(
-                ProgressDrawTarget::stderr_with_hz(10),
-                total_blocks,
-            ))
-        };
+        let bar = || Shown::Bar(new_bar(ProgressDrawTarget::stderr_with_hz(10), total_blocks));
         let shown = match mode {
             ProgressMode::None => Shown::Nothing,
             ProgressMode::Auto if io::stderr().is_terminal() => bar(),
             // Not LineWriter or the like: stderr is unbuffered, and each line is written by one call.
-            ProgressMode::Auto | ProgressMode::Plain => {
-                Shown::Plain(Mutex::new(Box::new(io::stderr())))
-            }
+            ProgressMode::Auto | ProgressMode::Plain => Shown::Plain(Mutex::new(Box::new(io::stderr()))),
         };
         Self::with(shown, total_blocks, total_bytes)
     }
 
     fn with(shown: Shown, total_blocks: u64, total_bytes: u64) -> Self {
-        let interval = if matches!(shown, Shown::Plain(_)) {
-            PLAIN_INTERVAL
-        } else {
-            BAR_INTERVAL
-        };
+        let interval = if matches!(shown, Shown::Plain(_)) { PLAIN_INTERVAL } else { BAR_INTERVAL };
         Self {
             shown,
             started: Instant::now(),
@@ -114,15 +103,10 @@ impl Progress {
         {
             return;
         }
-        let step = format!(
-            "{} iteration {k}, residual {relative_residual:.2e}",
-            Escaped(name)
-        );
+        let step = format!("{} iteration {k}, residual {relative_residual:.2e}", Escaped(name));
         match &self.shown {
             Shown::Nothing => {}
-            Shown::Plain(writer) => {
-                self.write_line(writer, self.blocks.load(Ordering::Relaxed), &step)
-            }
+            Shown::Plain(writer) => self.write_line(writer, self.blocks.load(Ordering::Relaxed), &step),
             Shown::Bar(bar) => bar.set_message(format!("{step}{}", self.pace())),
         }
     }
@@ -140,11 +124,7 @@ impl Progress {
             Shown::Nothing => {}
             Shown::Plain(writer) => {
                 let colon = if line.is_empty() { "" } else { ": " };
-                self.write_line(
-                    writer,
-                    finished,
-                    &format!("{}{colon}{}", Escaped(name), Escaped(line)),
-                );
+                self.write_line(writer, finished, &format!("{}{colon}{}", Escaped(name), Escaped(line)));
             }
             Shown::Bar(bar) => {
                 bar.set_position(finished);
@@ -184,10 +164,7 @@ impl Progress {
         let rate = read as f64 / elapsed;
         let mut text = format!(", {}", ByteRate(rate));
         if read < self.total_bytes {
-            text.push_str(&format!(
-                ", {} left",
-                Seconds((self.total_bytes - read) as f64 / rate)
-            ));
+            text.push_str(&format!(", {} left", Seconds((self.total_bytes - read) as f64 / rate)));
         }
         text
     }
@@ -279,19 +256,12 @@ mod tests {
             progress.iteration("w", k, 0.125);
         }
         let text = String::from_utf8(lock(&sink.0).clone()).unwrap();
-        assert_eq!(
-            text,
-            "[0/3] w iteration 0, residual 1.25e-1, 1 B/s, 1 min 00 s left\n"
-        );
+        assert_eq!(text, "[0/3] w iteration 0, residual 1.25e-1, 1 B/s, 1 min 00 s left\n");
     }
 
     #[test]
     fn threads_share_bar_and_counters() {
-        let progress = Progress::with(
-            Shown::Bar(new_bar(ProgressDrawTarget::hidden(), 400)),
-            400,
-            400,
-        );
+        let progress = Progress::with(Shown::Bar(new_bar(ProgressDrawTarget::hidden(), 400)), 400, 400);
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {

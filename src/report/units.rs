@@ -60,10 +60,7 @@ pub struct Flops(pub f64);
 
 impl fmt::Display for Flops {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&decimal(
-            self.0,
-            &["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"],
-        ))
+        f.pad(&decimal(self.0, &["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"]))
     }
 }
 
@@ -73,12 +70,7 @@ pub struct FlopRate(pub f64);
 
 impl fmt::Display for FlopRate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&decimal(
-            self.0,
-            &[
-                "FLOP/s", "kFLOP/s", "MFLOP/s", "GFLOP/s", "TFLOP/s", "PFLOP/s", "EFLOP/s",
-            ],
-        ))
+        f.pad(&decimal(self.0, &["FLOP/s", "kFLOP/s", "MFLOP/s", "GFLOP/s", "TFLOP/s", "PFLOP/s", "EFLOP/s"]))
     }
 }
 
@@ -88,10 +80,7 @@ pub struct ByteRate(pub f64);
 
 impl fmt::Display for ByteRate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&decimal(
-            self.0,
-            &["B/s", "kB/s", "MB/s", "GB/s", "TB/s", "PB/s", "EB/s"],
-        ))
+        f.pad(&decimal(self.0, &["B/s", "kB/s", "MB/s", "GB/s", "TB/s", "PB/s", "EB/s"]))
     }
 }
 
@@ -102,11 +91,7 @@ fn decimal(value: f64, units: &[&'static str]) -> String {
         return "unknown".to_owned();
     }
     let (value, unit) = scaled(value, 1000.0, units);
-    if unit == units[0] {
-        format!("{value:.0} {unit}")
-    } else {
-        format!("{value:.2} {unit}")
-    }
+    if unit == units[0] { format!("{value:.0} {unit}") } else { format!("{value:.2} {unit}") }
 }
 
 /// Divides by `base` until the number, as it will be printed, is below `base`. The slack keeps `1024.0
@@ -208,16 +193,10 @@ mod tests {
 
     #[test]
     fn names_stay_on_one_line_and_are_cut() {
-        assert_eq!(
-            Escaped("a\nb\u{1b}[31m\u{202e}\0").to_string(),
-            "a\\nb\\u{1b}[31m\\u{202e}\\u{0}"
-        );
+        assert_eq!(Escaped("a\nb\u{1b}[31m\u{202e}\0").to_string(), "a\\nb\\u{1b}[31m\\u{202e}\\u{0}");
         assert_eq!(Escaped("größe").to_string(), "größe");
         let long = "x".repeat(64 << 10);
         assert_eq!(Escaped(&long).to_string().chars().count(), SHOWN_CHARS + 1);
-        assert_eq!(
-            EscapedPath(Path::new("a dir/ü\n")).to_string(),
-            "a dir/ü\\n"
-        );
+        assert_eq!(EscapedPath(Path::new("a dir/ü\n")).to_string(), "a dir/ü\\n");
     }
 }

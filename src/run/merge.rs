@@ -15,8 +15,8 @@ use crate::merge::{Inputs, MergeError, SolveOutcome};
 use crate::plan::{Action, BlockPlan, Limits, MergePlan};
 use crate::read::{InputFile, IoMode};
 use crate::report::{
-    CardModel, InputFileRecord, InputRecord, ModelCard, OutputFileRecord, ParameterReport, Progress, ProgressMode,
-    RoundReport, RunReport, RunSettings, UnmergedRecord, anonymous_bytes, peak_rss_bytes,
+    CardModel, InputFileRecord, InputRecord, ModelCard, OutputFileRecord, ParameterReport, Progress,
+    ProgressMode, RoundReport, RunReport, RunSettings, UnmergedRecord, anonymous_bytes, peak_rss_bytes,
 };
 use crate::stream::{self, BlockReport};
 use crate::write::{CheckpointWriter, OutputDir, SideFile, copy_side_files, patch_config, torch_dtype_name};
@@ -58,7 +58,8 @@ impl Signals {
         let number = Arc::new(AtomicUsize::new(0));
         for signal in [SIGINT, SIGTERM] {
             // A second signal ends the process at once. Handlers that cannot be installed change nothing else.
-            let _ = signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&cancel));
+            let _ =
+                signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&cancel));
             let _ = signal_hook::flag::register_usize(signal, Arc::clone(&number), signal as usize);
             let _ = signal_hook::flag::register(signal, Arc::clone(&cancel));
         }
@@ -91,16 +92,19 @@ pub(super) fn command(args: MergeArgs) -> Result<ExitCode, Error> {
         },
     };
     let signals = Signals::install();
-    let summary = merge(&args.config, &out, &options, &signals.cancel)
-        .map_err(|error| match (&error, signals.interrupted()) {
+    let summary = merge(&args.config, &out, &options, &signals.cancel).map_err(|error| {
+        match (&error, signals.interrupted()) {
             (Error::Merge(MergeError::Cancelled), Some(interrupted)) => interrupted,
             _ => error,
-        })?;
+        }
+    })?;
     if !summary.unconverged.is_empty() {
-        let shown: Vec<String> = summary.unconverged.iter().take(3).map(|n| crate::read::escaped(n)).collect();
+        let shown: Vec<String> =
+            summary.unconverged.iter().take(3).map(|n| crate::read::escaped(n)).collect();
         let more = summary.unconverged.len() - shown.len();
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-        let line = format!("{} parameters did not converge: {}{more}", summary.unconverged.len(), shown.join(", "));
+        let line =
+            format!("{} parameters did not converge: {}{more}", summary.unconverged.len(), shown.join(", "));
         if args.require_convergence {
             tracing::error!("{line}");
             return Ok(ExitCode::from(3));
@@ -114,7 +118,12 @@ pub(super) fn command(args: MergeArgs) -> Result<ExitCode, Error> {
 ///
 /// # Errors
 /// [`Error`]; nothing stands under a final name then.
-pub fn merge(config: &Path, out: &Path, options: &MergeOptions, cancel: &AtomicBool) -> Result<MergeSummary, Error> {
+pub fn merge(
+    config: &Path,
+    out: &Path,
+    options: &MergeOptions,
+    cancel: &AtomicBool,
+) -> Result<MergeSummary, Error> {
     let started = Instant::now();
     let config = MergeConfig::load(config)?;
     let paths = input_paths(&config);
@@ -166,7 +175,10 @@ fn side_files(config: &MergeConfig, plan: &MergePlan, inputs: &Inputs) -> Result
         None => Vec::new(),
     };
     let dtype = config.output_dtype().and_then(|_| {
-        plan.blocks.iter().find(|b| matches!(b.action, Action::Merge { .. })).and_then(|b| torch_dtype_name(b.dtype.name()))
+        plan.blocks
+            .iter()
+            .find(|b| matches!(b.action, Action::Merge { .. }))
+            .and_then(|b| torch_dtype_name(b.dtype.name()))
     });
     let tie = (!inputs.tied.is_empty()).then_some(false);
     if let Some(patched) = reference.config().and_then(|c| patch_config(c, dtype, tie)) {
@@ -180,8 +192,13 @@ fn side_files(config: &MergeConfig, plan: &MergePlan, inputs: &Inputs) -> Result
 }
 
 fn card(config: &MergeConfig, plan: &MergePlan) -> String {
-    let file_name = |path: &PathBuf| path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-    let merged = plan.blocks.iter().filter(|b| matches!(b.action, Action::Merge { .. }) && b.unmatched.is_none()).count();
+    let file_name =
+        |path: &PathBuf| path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+    let merged = plan
+        .blocks
+        .iter()
+        .filter(|b| matches!(b.action, Action::Merge { .. }) && b.unmatched.is_none())
+        .count();
     ModelCard {
         title: config.name.clone().unwrap_or_else(|| "merge".to_owned()),
         base_model: config.base_model.as_ref().map(|m| m.written.clone()),
@@ -191,12 +208,21 @@ fn card(config: &MergeConfig, plan: &MergePlan) -> String {
             .enumerate()
             .map(|(i, m)| CardModel {
                 name: m.model.written.clone(),
-                weight: config.round.model_parameters.get(i).and_then(|p| p.uniform_number("weight")).map(|w| w.to_string()),
+                weight: config
+                    .round
+                    .model_parameters
+                    .get(i)
+                    .and_then(|p| p.uniform_number("weight"))
+                    .map(|w| w.to_string()),
                 statistics: m.statistics.iter().map(file_name).collect(),
             })
             .collect(),
         method: config.round.method.name().to_owned(),
-        summary: format!("{merged} of {} tensors were merged by `{}`.", plan.blocks.len(), config.round.method.name()),
+        summary: format!(
+            "{merged} of {} tensors were merged by `{}`.",
+            plan.blocks.len(),
+            config.round.method.name()
+        ),
         config: config.text.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     }
@@ -275,7 +301,8 @@ fn parameter(planned: &BlockPlan, block: &BlockReport) -> ParameterReport {
         return parameter;
     };
     parameter.method = recipe.method.to_owned();
-    let rounds = recipe.solves.iter().zip(&block.outcomes).map(|(solve, outcome)| (solve, round(solve, outcome)));
+    let rounds =
+        recipe.solves.iter().zip(&block.outcomes).map(|(solve, outcome)| (solve, round(solve, outcome)));
     for (k, (_, round)) in rounds.enumerate() {
         if k + 1 == recipe.solves.len() {
             parameter.subspace = round.subspace;
@@ -329,7 +356,8 @@ fn input_records(config: &MergeConfig, inputs: &Inputs) -> Vec<InputRecord> {
             })
             .collect(),
     };
-    let checkpoints = inputs.checkpoints.iter().zip(&inputs.names).map(|(c, name)| record(name.clone(), c.files()));
+    let checkpoints =
+        inputs.checkpoints.iter().zip(&inputs.names).map(|(c, name)| record(name.clone(), c.files()));
     let statistics = inputs.models.iter().zip(&config.models).filter_map(|(input, entry)| {
         let statistics = input.statistics.as_ref()?;
         Some(record(format!("{} (statistics)", entry.model.written), statistics.files()))

@@ -5,9 +5,7 @@
 
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{LltRegularization, cholesky_in_place, cholesky_in_place_scratch};
-use faer::linalg::triangular_solve::{
-    solve_lower_triangular_in_place, solve_upper_triangular_in_place,
-};
+use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place};
 use faer::prelude::ReborrowMut;
 use faer::{Mat, MatMut, Par};
 use rayon::prelude::*;
@@ -178,6 +176,6 @@ mod tests {
         let v = [1.0, 2.0, 3.0, 4.0, 5.0];
         let mut s: Vec<f64> = (0..n * n).map(|k| v[k / n] * v[k % n]).collect();
         assert!(factorise(&mut s, n, Threading::Sequential).is_err());
-        assert!(factorise(&mut vec![0.0; 4], 2, Threading::Sequential).is_err());
+        assert!(factorise(&mut [0.0; 4], 2, Threading::Sequential).is_err());
     }
 }

@@ -105,7 +105,14 @@ impl Pencil {
             row.iter_mut().for_each(|v| *v *= scale);
         }
         // whiten·B₁·whitenᵀ, in `first`, by way of `sum`.
-        gemm(mat_mut(sum, side, side), false, mat(&whiten, side, side), mat(first, side, side), 1.0, threading);
+        gemm(
+            mat_mut(sum, side, side),
+            false,
+            mat(&whiten, side, side),
+            mat(first, side, side),
+            1.0,
+            threading,
+        );
         gemm(
             mat_mut(first, side, side),
             false,

@@ -12,8 +12,8 @@ pub mod stop;
 pub use cg::{CgOutcome, CgVectors, conjugate_gradients};
 pub use observe::{History, Observer, Silent};
 pub use stop::{
-    Any, Cancelled, DirectMethod, IterationRecord, MaxIterations, ObjectiveDecrease, RelativeResidual, SolveStart,
-    StopReason, StoppingRule, TimeLimit,
+    Any, Cancelled, DirectMethod, IterationRecord, MaxIterations, ObjectiveDecrease, RelativeResidual,
+    SolveStart, StopReason, StoppingRule, TimeLimit,
 };
 
 use crate::kernel::{Buffer, Real, Threading, vector};
@@ -82,10 +82,12 @@ pub fn solve<T: Real>(
     let residual_norm = residual(initial_guess, &mut r, &mut workspace)?;
     let start = SolveStart { rhs_norm, residual_norm, unknowns: len };
     let vectors = CgVectors { d: &mut d, r: &mut r, p: &mut p, q: &mut q, z: &mut z };
-    let outcome = conjugate_gradients(operator, preconditioner, vectors, &start, rule, &mut workspace, &mut |step| {
-        observer.iteration(step);
-    })?;
-    let x: Vec<T> = initial_guess.iter().zip(d.iter()).map(|(x, d)| T::from_f64(x.to_f64() + d.to_f64())).collect();
+    let outcome =
+        conjugate_gradients(operator, preconditioner, vectors, &start, rule, &mut workspace, &mut |step| {
+            observer.iteration(step);
+        })?;
+    let x: Vec<T> =
+        initial_guess.iter().zip(d.iter()).map(|(x, d)| T::from_f64(x.to_f64() + d.to_f64())).collect();
     let norm = residual(&x, &mut r, &mut workspace)?;
     Ok(Solution {
         x,
@@ -95,3 +97,6 @@ pub fn solve<T: Real>(
         total_decrease: outcome.total_decrease,
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -263,7 +263,12 @@ impl FactorRows {
         decode(&self.statistics, &self.statistic, elements.clone(), out, scratch)?;
         // A NaN fails the comparison, too.
         if let Some(k) = out.iter().position(|v| !(v.to_f64() >= 0.0 && v.to_f64().is_finite())) {
-            return Err(self.bad_value(0, elements.start + k, out[k].to_f64(), "a finite number that is not negative"));
+            return Err(self.bad_value(
+                0,
+                elements.start + k,
+                out[k].to_f64(),
+                "a finite number that is not negative",
+            ));
         }
         Ok(())
     }
@@ -282,7 +287,13 @@ impl FactorRows {
     fn read<T: Real>(&self, rows: Range<usize>, out: &mut [T]) -> Result<(), StatisticsError> {
         let mut scratch = Vec::new();
         let elements = rows.start * self.columns..rows.end * self.columns;
-        decode(&self.statistics, &self.statistic, elements, &mut out[..rows.len() * self.columns], &mut scratch)
+        decode(
+            &self.statistics,
+            &self.statistic,
+            elements,
+            &mut out[..rows.len() * self.columns],
+            &mut scratch,
+        )
     }
 }
 

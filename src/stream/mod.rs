@@ -8,11 +8,12 @@
 mod prefetch;
 mod sink;
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
-use crate::kernel::Threading;
+use crate::kernel::{OutOfMemory, Threading};
 use crate::merge::block::{Shared, Strategy, merge_block};
 use crate::merge::{BlockContext, Inputs, MergeError, SolveOutcome, Tally};
 use crate::plan::{Action, BlockPlan, MergePlan, Unit, budget};
@@ -81,7 +82,7 @@ pub fn run(
         threads.spawn(|| prefetch::run(plan, inputs, &position, window));
         let reports: Mutex<Vec<BlockReport>> = Mutex::new(Vec::with_capacity(plan.blocks.len()));
         let failed: Mutex<Option<MergeError>> = Mutex::new(None);
-        let work = |unit: &Unit, threading: Threading| match engine.unit(unit, threading, &sink) {
+        let work = |unit: &Unit, threading: Threading| match engine.unit_or_error(unit, threading, &sink) {
             Ok(mut found) => lock(&reports).append(&mut found),
             Err(error) => {
                 // What is only a consequence of another error must not hide it.
@@ -187,7 +188,27 @@ struct Engine<'e> {
 }
 
 impl Engine<'_> {
-    fn unit(&self, unit: &Unit, threading: Threading, sink: &sink::Sink<'_>) -> Result<Vec<BlockReport>, MergeError> {
+    /// As [`Engine::unit`]; a buffer that the system refuses unwinds to here.
+    fn unit_or_error(
+        &self,
+        unit: &Unit,
+        threading: Threading,
+        sink: &sink::Sink<'_>,
+    ) -> Result<Vec<BlockReport>, MergeError> {
+        catch_unwind(AssertUnwindSafe(|| self.unit(unit, threading, sink))).unwrap_or_else(|payload| {
+            match payload.downcast::<OutOfMemory>() {
+                Ok(error) => Err(MergeError::OutOfMemory { bytes: error.bytes }),
+                Err(payload) => resume_unwind(payload),
+            }
+        })
+    }
+
+    fn unit(
+        &self,
+        unit: &Unit,
+        threading: Threading,
+        sink: &sink::Sink<'_>,
+    ) -> Result<Vec<BlockReport>, MergeError> {
         let mut shared = Shared::default();
         let mut reports = Vec::with_capacity(unit.blocks.len());
         for index in &unit.blocks {
@@ -200,9 +221,10 @@ impl Engine<'_> {
             let tally = Tally::default();
             let (outcomes, differs_in) = match &block.action {
                 Action::Copy { source, .. } => (Vec::new(), self.copy(*index, block, *source, sink, &tally)?),
-                Action::Merge { .. } => {
-                    (self.merge(*index, block, threading, unit.blocks.len() > 1, &mut shared, sink, &tally)?, None)
-                }
+                Action::Merge { .. } => (
+                    self.merge(*index, block, threading, unit.blocks.len() > 1, &mut shared, sink, &tally)?,
+                    None,
+                ),
             };
             prefetch::release(self.inputs, block, self.drop_cache);
             self.position.advance(block.read_bytes);
@@ -259,7 +281,10 @@ impl Engine<'_> {
         Ok(differs_in)
     }
 
-    #[allow(clippy::too_many_arguments, reason = "one call site; the block, its surroundings and where it goes")]
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "one call site; the block, its surroundings and where it goes"
+    )]
     fn merge(
         &self,
         index: usize,
@@ -285,7 +310,8 @@ impl Engine<'_> {
             cancel: self.cancel,
             observe: &observe,
         };
-        let wide = block.dtype == Dtype::F64;
+        // The mean of equal values is that value, bit for bit, only where sums are wider than the values.
+        let wide = block.dtype == Dtype::F64 || block.unmatched.is_some();
         if *strategy == Strategy::Elements {
             // Straight from the cache that computed them: a second thread would only move them to another one.
             return merge_block(&context, recipe, strategy, wide, share, shared, &|first, values| {

@@ -1,9 +1,12 @@
 //! Readahead in the order of the plan, a bounded distance ahead of the blocks that run.
 
+use std::ops::Range;
 use std::sync::{Condvar, Mutex};
 
 use crate::merge::{Inputs, statistics_keys};
 use crate::plan::{Action, BlockPlan, MergePlan};
+use crate::read::{Checkpoint, TensorMeta};
+use crate::statistics::{ModelStatistics, Statistic};
 
 /// Bytes asked for at a time.
 const STEP: u64 = 4 << 20;
@@ -46,92 +49,91 @@ impl Position {
     }
 }
 
+/// A stretch of input that a block reads.
+enum Part<'i> {
+    Tensor(&'i Checkpoint, &'i TensorMeta),
+    Statistic(&'i ModelStatistics, &'i Statistic),
+}
+
+impl Part<'_> {
+    fn bytes(&self) -> u64 {
+        match self {
+            Self::Tensor(_, meta) => meta.bytes,
+            Self::Statistic(_, statistic) => statistic.bytes,
+        }
+    }
+
+    fn will_need(&self, range: Range<u64>) {
+        match self {
+            Self::Tensor(checkpoint, meta) => checkpoint.will_need(meta, range),
+            Self::Statistic(statistics, statistic) => statistics.will_need(statistic, range),
+        }
+    }
+
+    fn release(&self, drop_cache: bool) {
+        match self {
+            Self::Tensor(checkpoint, meta) => checkpoint.release(meta, 0..meta.bytes, drop_cache),
+            // A Gram that another layer shares stays in the page cache.
+            Self::Statistic(statistics, statistic) => {
+                statistics.release(statistic, 0..statistic.bytes, false)
+            }
+        }
+    }
+}
+
+/// Everything a block reads, each stretch once.
+fn parts<'i>(inputs: &'i Inputs, block: &BlockPlan) -> Vec<Part<'i>> {
+    let mut parts = Vec::new();
+    let mut sources = match &block.action {
+        Action::Copy { source, .. } => vec![*source],
+        Action::Merge { recipe, .. } => {
+            let mut sources = recipe.start.sources();
+            for solve in &recipe.solves {
+                sources.extend(solve.models.iter().map(|m| m.source));
+                for (model, kind, _) in statistics_keys(inputs, &block.name, solve) {
+                    let statistics = inputs.models[model].statistics.as_deref();
+                    let found = statistics.and_then(|s| Some(Part::Statistic(s, s.get(&block.name, kind)?)));
+                    parts.extend(found);
+                }
+            }
+            sources
+        }
+    };
+    sources.sort_unstable();
+    sources.dedup();
+    for source in sources {
+        let meta = inputs.tensor(source, &block.name);
+        parts.extend(meta.map(|meta| Part::Tensor(&inputs.checkpoints[source], meta)));
+    }
+    parts
+}
+
 /// Asks the system for the inputs of every block in turn, at most `window` bytes ahead.
 pub(super) fn run(plan: &MergePlan, inputs: &Inputs, position: &Position, window: u64) {
     let mut asked = 0;
     for block in plan.units.iter().flat_map(|u| &u.blocks).map(|k| &plan.blocks[*k]) {
-        let mut ranges: Vec<(Box<dyn Fn(std::ops::Range<u64>) + '_>, u64)> = Vec::new();
-        for_inputs(inputs, block, |ask, bytes| ranges.push((ask, bytes)));
+        let parts = parts(inputs, block);
         // Round robin: elementwise merges read all models in step.
-        let longest = ranges.iter().map(|r| r.1).max().unwrap_or(0);
-        let mut first = 0;
-        while first < longest {
-            for (ask, bytes) in &ranges {
-                if first < *bytes {
-                    if !position.wait(asked, window) {
-                        return;
-                    }
-                    let end = (first + STEP).min(*bytes);
-                    ask(first..end);
-                    asked += end - first;
+        let longest = parts.iter().map(Part::bytes).max().unwrap_or(0);
+        for first in (0..longest).step_by(STEP as usize) {
+            for part in parts.iter().filter(|p| first < p.bytes()) {
+                if !position.wait(asked, window) {
+                    return;
                 }
+                let end = (first + STEP).min(part.bytes());
+                part.will_need(first..end);
+                asked += end - first;
             }
-            first += STEP;
         }
         // The plan counts some inputs once a round; stay in step with what the blocks report.
-        let counted: u64 = ranges.iter().map(|r| r.1).sum();
+        let counted: u64 = parts.iter().map(Part::bytes).sum();
         asked += block.read_bytes.saturating_sub(counted);
     }
 }
 
-/// Calls `found` with a way to ask for a range and the length of each input of a block, each once.
-fn for_inputs<'i>(
-    inputs: &'i Inputs,
-    block: &BlockPlan,
-    mut found: impl FnMut(Box<dyn Fn(std::ops::Range<u64>) + 'i>, u64),
-) {
-    let mut sources = match &block.action {
-        Action::Copy { source, .. } => vec![*source],
-        Action::Merge { recipe, .. } => {
-            let mut sources = recipe.start.sources();
-            sources.extend(recipe.solves.iter().flat_map(|s| s.models.iter().map(|m| m.source)));
-            for solve in &recipe.solves {
-                for (model, kind, _) in statistics_keys(inputs, &block.name, solve) {
-                    let statistics = inputs.models[model].statistics.as_ref();
-                    if let Some((s, found_statistic)) = statistics.and_then(|s| Some((s, s.get(&block.name, kind)?))) {
-                        let statistic = found_statistic.clone();
-                        let bytes = statistic.bytes;
-                        found(Box::new(move |range| s.will_need(&statistic, range)), bytes);
-                    }
-                }
-            }
-            sources
-        }
-    };
-    sources.sort_unstable();
-    sources.dedup();
-    for source in sources {
-        if let Some(meta) = inputs.tensor(source, &block.name) {
-            let checkpoint = &inputs.checkpoints[source];
-            found(Box::new(move |range| checkpoint.will_need(meta, range)), meta.bytes);
-        }
-    }
-}
-
-/// Gives the pages of a finished block's tensors back.
+/// Gives the pages of a finished block's inputs back.
 pub(super) fn release(inputs: &Inputs, block: &BlockPlan, drop_cache: bool) {
-    let mut sources = match &block.action {
-        Action::Copy { source, .. } => vec![*source],
-        Action::Merge { recipe, .. } => {
-            let mut sources = recipe.start.sources();
-            sources.extend(recipe.solves.iter().flat_map(|s| s.models.iter().map(|m| m.source)));
-            for solve in &recipe.solves {
-                for (model, kind, _) in statistics_keys(inputs, &block.name, solve) {
-                    let statistics = inputs.models[model].statistics.as_ref();
-                    if let Some((s, statistic)) = statistics.and_then(|s| Some((s, s.get(&block.name, kind)?))) {
-                        // A Gram that another layer shares stays in the page cache.
-                        s.release(statistic, 0..statistic.bytes, false);
-                    }
-                }
-            }
-            sources
-        }
-    };
-    sources.sort_unstable();
-    sources.dedup();
-    for source in sources {
-        if let Some(meta) = inputs.tensor(source, &block.name) {
-            inputs.checkpoints[source].release(meta, 0..meta.bytes, drop_cache);
-        }
+    for part in parts(inputs, block) {
+        part.release(drop_cache);
     }
 }

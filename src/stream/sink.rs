@@ -44,14 +44,26 @@ pub(super) fn channel(writer: &CheckpointWriter, buffers: usize) -> (Sink<'_>, D
 
 impl Sink<'_> {
     /// Encodes values and queues them: a solver goes on while the bytes are written.
-    pub fn queue(&self, tensor: usize, dtype: Dtype, first: usize, values: Values<'_>) -> Result<(), MergeError> {
+    pub fn queue(
+        &self,
+        tensor: usize,
+        dtype: Dtype,
+        first: usize,
+        values: Values<'_>,
+    ) -> Result<(), MergeError> {
         match values {
             Values::F32(values) => self.queue_typed(tensor, dtype, first, values),
             Values::F64(values) => self.queue_typed(tensor, dtype, first, values),
         }
     }
 
-    fn queue_typed<T: Real>(&self, tensor: usize, dtype: Dtype, first: usize, values: &[T]) -> Result<(), MergeError> {
+    fn queue_typed<T: Real>(
+        &self,
+        tensor: usize,
+        dtype: Dtype,
+        first: usize,
+        values: &[T],
+    ) -> Result<(), MergeError> {
         let width = dtype.float_bytes().unwrap_or(0);
         for (k, values) in values.chunks(PIECE).enumerate() {
             let mut bytes = self.free.recv().map_err(|_| MergeError::Cancelled)?;

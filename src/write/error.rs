@@ -60,10 +60,7 @@ impl fmt::Display for OverInput {
 #[non_exhaustive]
 pub enum WriteError {
     /// The output path exists and is no directory.
-    #[error(
-        "{}: the output path is {found} (expected an empty directory, or nothing)",
-        EscapedPath(path)
-    )]
+    #[error("{}: the output path is {found} (expected an empty directory, or nothing)", EscapedPath(path))]
     NotADirectory {
         /// The output path.
         path: PathBuf,
@@ -100,10 +97,7 @@ pub enum WriteError {
     },
 
     /// The output directory cannot be made or used: a matter of the path or of permissions.
-    #[error(
-        "{}: cannot {doing} (expected a writable place for the output)",
-        EscapedPath(path)
-    )]
+    #[error("{}: cannot {doing} (expected a writable place for the output)", EscapedPath(path))]
     Unusable {
         /// The path concerned.
         path: PathBuf,
@@ -173,10 +167,7 @@ pub enum WriteError {
     },
 
     /// An earlier fsync failed. Asking again could succeed without the data being on disk, so we do not.
-    #[error(
-        "{}: an earlier fsync failed, so its data may be lost; run again",
-        EscapedPath(path)
-    )]
+    #[error("{}: an earlier fsync failed, so its data may be lost; run again", EscapedPath(path))]
     NotDurable {
         /// The shard.
         path: PathBuf,
@@ -195,10 +186,7 @@ pub enum WriteError {
     },
 
     /// A side file's length changed between the listing and the copy.
-    #[error(
-        "{}: changed while it was copied (got {got} bytes, expected {expected})",
-        EscapedPath(path)
-    )]
+    #[error("{}: changed while it was copied (got {got} bytes, expected {expected})", EscapedPath(path))]
     SideFileChanged {
         /// The file.
         path: PathBuf,
@@ -209,10 +197,7 @@ pub enum WriteError {
     },
 
     /// A side file's name is not one plain component, or is taken.
-    #[error(
-        "side file `{}`: {why} (expected a plain file name of its own)",
-        Escaped(name)
-    )]
+    #[error("side file `{}`: {why} (expected a plain file name of its own)", Escaped(name))]
     BadSideName {
         /// The name.
         name: String,
@@ -291,11 +276,7 @@ impl WriteError {
                 | Kind::InvalidFilename
         ) || Errno::from_io_error(&source) == Some(Errno::LOOP);
         if by_path {
-            Self::Unusable {
-                path: path.to_owned(),
-                doing,
-                source,
-            }
+            Self::Unusable { path: path.to_owned(), doing, source }
         } else {
             // A directory entry takes a block at most.
             Self::writing(path, doing, 4096, source)
@@ -304,40 +285,22 @@ impl WriteError {
 
     /// A refusal while `need` bytes were to be written at `path`.
     pub(super) fn writing(path: &Path, doing: &'static str, need: u64, source: io::Error) -> Self {
-        if matches!(
-            source.kind(),
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-        ) {
+        if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
             let have = free_bytes(path);
-            return Self::NoSpace {
-                path: path.to_owned(),
-                need,
-                have,
-                source: Some(source),
-            };
+            return Self::NoSpace { path: path.to_owned(), need, have, source: Some(source) };
         }
-        Self::Io {
-            path: path.to_owned(),
-            doing,
-            source,
-        }
+        Self::Io { path: path.to_owned(), doing, source }
     }
 }
 
 /// Bytes an unprivileged writer may still take on the file system of `path` or its nearest existing
 /// ancestor; `None` where it cannot tell (some user-space file systems report no blocks at all).
 pub(super) fn free_bytes(path: &Path) -> Option<u64> {
-    let statistics = path
-        .ancestors()
-        .find_map(|ancestor| rustix::fs::statvfs(ancestor).ok())?;
+    let statistics = path.ancestors().find_map(|ancestor| rustix::fs::statvfs(ancestor).ok())?;
     if statistics.f_blocks == 0 {
         return None;
     }
-    let block = if statistics.f_frsize == 0 {
-        statistics.f_bsize
-    } else {
-        statistics.f_frsize
-    };
+    let block = if statistics.f_frsize == 0 { statistics.f_bsize } else { statistics.f_frsize };
     statistics.f_bavail.checked_mul(block)
 }
 
@@ -350,59 +313,25 @@ mod tests {
         let full = || io::Error::from_raw_os_error(Errno::NOSPC.raw_os_error());
         let error = WriteError::writing(Path::new("/"), "write", 3 << 30, full());
         assert_eq!(error.exit_class().code(), 5);
-        assert!(
-            error
-                .to_string()
-                .starts_with("/: no space: need 3.0 GiB, have "),
-            "{error}"
-        );
+        assert!(error.to_string().starts_with("/: no space: need 3.0 GiB, have "), "{error}");
         let quota = io::Error::from_raw_os_error(Errno::DQUOT.raw_os_error());
-        assert_eq!(
-            WriteError::claiming(Path::new("/"), "lock", quota).exit_class(),
-            ExitClass::NoSpace
-        );
-        let early = WriteError::NoSpace {
-            path: "x".into(),
-            need: 1,
-            have: None,
-            source: None,
-        };
-        assert_eq!(
-            early.to_string(),
-            "x: no space: need 1 B, have an unknown amount"
-        );
+        assert_eq!(WriteError::claiming(Path::new("/"), "lock", quota).exit_class(), ExitClass::NoSpace);
+        let early = WriteError::NoSpace { path: "x".into(), need: 1, have: None, source: None };
+        assert_eq!(early.to_string(), "x: no space: need 1 B, have an unknown amount");
     }
 
     #[test]
     fn claiming_and_writing_differ_on_permissions() {
         let denied = || io::Error::from(io::ErrorKind::PermissionDenied);
-        assert_eq!(
-            WriteError::claiming(Path::new("x"), "lock", denied())
-                .exit_class()
-                .code(),
-            2
-        );
-        assert_eq!(
-            WriteError::writing(Path::new("x"), "write", 1, denied())
-                .exit_class()
-                .code(),
-            6
-        );
+        assert_eq!(WriteError::claiming(Path::new("x"), "lock", denied()).exit_class().code(), 2);
+        assert_eq!(WriteError::writing(Path::new("x"), "write", 1, denied()).exit_class().code(), 6);
         let eio = io::Error::from_raw_os_error(Errno::IO.raw_os_error());
-        assert_eq!(
-            WriteError::claiming(Path::new("x"), "lock", eio)
-                .exit_class()
-                .code(),
-            6
-        );
+        assert_eq!(WriteError::claiming(Path::new("x"), "lock", eio).exit_class().code(), 6);
     }
 
     #[test]
     fn messages_stay_on_one_line() {
-        let error = WriteError::NotEmpty {
-            path: "a\nb".into(),
-            holds: "`x`".into(),
-        };
+        let error = WriteError::NotEmpty { path: "a\nb".into(), holds: "`x`".into() };
         assert!(!error.to_string().contains('\n'));
     }
 }

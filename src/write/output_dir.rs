@@ -63,25 +63,16 @@ impl OutputDir {
     pub fn claim(path: &Path, inputs: &[PathBuf]) -> Result<Self, WriteError> {
         let place = examine(path, inputs)?;
         // From here on a failure drops `claimed`, which takes back what was made.
-        let mut claimed = Self {
-            shown: path.to_owned(),
-            path: place.existing,
-            lock: None,
-            created: Vec::new(),
-        };
+        let mut claimed =
+            Self { shown: path.to_owned(), path: place.existing, lock: None, created: Vec::new() };
         for component in place.missing {
             claimed.path.push(component);
             // The mode is cut by the umask, as for every program that makes directories.
             match fs::DirBuilder::new().mode(0o777).create(&claimed.path) {
                 Ok(()) => claimed.created.push(claimed.path.clone()),
-                Err(error)
-                    if error.kind() == io::ErrorKind::AlreadyExists && claimed.path.is_dir() => {}
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && claimed.path.is_dir() => {}
                 Err(error) => {
-                    return Err(WriteError::claiming(
-                        path,
-                        "create the output directory",
-                        error,
-                    ));
+                    return Err(WriteError::claiming(path, "create the output directory", error));
                 }
             }
         }
@@ -119,11 +110,9 @@ impl OutputDir {
         side::check_name(&file.name)?;
         let temporary = side::stage(&self.path, &file)?;
         let published = side::rename_free(&temporary, &self.path.join(&file.name)).and_then(|()| {
-            sync_directory(&self.path)
-                .and_then(|()| self.sync_created())
-                .inspect_err(|_| {
-                    let _ = fs::remove_file(self.path.join(&file.name));
-                })
+            sync_directory(&self.path).and_then(|()| self.sync_created()).inspect_err(|_| {
+                let _ = fs::remove_file(self.path.join(&file.name));
+            })
         });
         if published.is_err() {
             let _ = fs::remove_file(&temporary);
@@ -135,10 +124,7 @@ impl OutputDir {
 
     /// Makes the directories that we made durable: each is an entry of its parent.
     pub(super) fn sync_created(&self) -> Result<(), WriteError> {
-        self.created
-            .iter()
-            .filter_map(|made| made.parent())
-            .try_for_each(sync_directory)
+        self.created.iter().filter_map(|made| made.parent()).try_for_each(sync_directory)
     }
 
     /// From now on a drop only unlocks.
@@ -168,9 +154,7 @@ impl Drop for OutputDir {
 pub(super) fn sync_directory(directory: &Path) -> Result<(), WriteError> {
     File::open(directory)
         .and_then(|handle| handle.sync_all())
-        .map_err(|source| {
-            WriteError::writing(directory, "fsync the output directory", 4096, source)
-        })
+        .map_err(|source| WriteError::writing(directory, "fsync the output directory", 4096, source))
 }
 
 /// An output path split where it stops existing.
@@ -199,22 +183,14 @@ fn examine(path: &Path, inputs: &[PathBuf]) -> Result<Place, WriteError> {
     let metadata = fs::metadata(&place.existing)
         .map_err(|error| WriteError::claiming(path, "look at the output path", error))?;
     if !metadata.is_dir() {
-        let found = if metadata.is_file() {
-            "a regular file"
-        } else {
-            "neither a directory nor a regular file"
-        };
-        return Err(WriteError::NotADirectory {
-            path: path.to_owned(),
-            found,
-        });
+        let found =
+            if metadata.is_file() { "a regular file" } else { "neither a directory nor a regular file" };
+        return Err(WriteError::NotADirectory { path: path.to_owned(), found });
     }
     let contents = survey(&place.existing, path)?;
     // Another run that is just publishing has final names in place: it says "wait", not "not empty".
     if contents.lock && lock_is_held(&place.existing) {
-        return Err(WriteError::Locked {
-            path: path.to_owned(),
-        });
+        return Err(WriteError::Locked { path: path.to_owned() });
     }
     if !contents.foreign.is_empty() {
         return Err(contents.into_not_empty(path));
@@ -231,10 +207,7 @@ fn resolve(path: &Path) -> Result<Place, WriteError> {
         match fs::canonicalize(existing) {
             Ok(real) => {
                 missing.reverse();
-                return Ok(Place {
-                    existing: real,
-                    missing,
-                });
+                return Ok(Place { existing: real, missing });
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(refuse(error)),
@@ -261,11 +234,7 @@ fn resolve(path: &Path) -> Result<Place, WriteError> {
 fn refuse_over_inputs(path: &Path, place: &Place, inputs: &[PathBuf]) -> Result<(), WriteError> {
     let output = place.full();
     let above_output = identities(&place.existing);
-    let output_itself = if place.missing.is_empty() {
-        above_output.first().copied()
-    } else {
-        None
-    };
+    let output_itself = if place.missing.is_empty() { above_output.first().copied() } else { None };
     for input in inputs {
         let Ok(real) = fs::canonicalize(input) else {
             continue;
@@ -278,28 +247,19 @@ fn refuse_over_inputs(path: &Path, place: &Place, inputs: &[PathBuf]) -> Result<
             OverInput::Equal
         } else if output.starts_with(&real) || above_output.contains(&input_itself) {
             OverInput::Inside
-        } else if real.starts_with(&output)
-            || output_itself.is_some_and(|id| above_input.contains(&id))
-        {
+        } else if real.starts_with(&output) || output_itself.is_some_and(|id| above_input.contains(&id)) {
             OverInput::Around
         } else {
             continue;
         };
-        return Err(WriteError::OverInput {
-            path: path.to_owned(),
-            input: input.clone(),
-            relation,
-        });
+        return Err(WriteError::OverInput { path: path.to_owned(), input: input.clone(), relation });
     }
     Ok(())
 }
 
 /// Device and inode of a path and of everything above it, innermost first.
 fn identities(path: &Path) -> Vec<(u64, u64)> {
-    path.ancestors()
-        .filter_map(|ancestor| fs::metadata(ancestor).ok())
-        .map(|m| (m.dev(), m.ino()))
-        .collect()
+    path.ancestors().filter_map(|ancestor| fs::metadata(ancestor).ok()).map(|m| (m.dev(), m.ino())).collect()
 }
 
 /// What a directory holds, as far as it matters here.
@@ -329,10 +289,7 @@ impl Contents {
         if self.lock || !self.leftovers.is_empty() {
             holds.push_str(", left by a run that died while it published");
         }
-        WriteError::NotEmpty {
-            path: path.to_owned(),
-            holds,
-        }
+        WriteError::NotEmpty { path: path.to_owned(), holds }
     }
 }
 
@@ -347,8 +304,7 @@ fn survey(directory: &Path, shown: &Path) -> Result<Contents, WriteError> {
         let text = name.to_string_lossy();
         if regular && text == LOCK_NAME {
             contents.lock = true;
-        } else if regular && text.starts_with(TEMPORARY_PREFIX) && text.ends_with(TEMPORARY_SUFFIX)
-        {
+        } else if regular && text.starts_with(TEMPORARY_PREFIX) && text.ends_with(TEMPORARY_SUFFIX) {
             contents.leftovers.push(name);
         } else {
             contents.foreign.push(name);
@@ -385,9 +341,7 @@ fn lock(directory: &Path, shown: &Path) -> Result<File, WriteError> {
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                return Err(WriteError::Locked {
-                    path: shown.to_owned(),
-                });
+                return Err(WriteError::Locked { path: shown.to_owned() });
             }
             Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {
                 tracing::warn!(directory = %shown.display(), "no locks on this file system: keep other runs away");

@@ -119,9 +119,8 @@ impl CheckpointWriter {
             let (temporary, file) = side::create_temporary(writer.dir.path(), &shard.file_name)?;
             lock(&writer.made).push(temporary.clone());
             reserve(&temporary, &file, shard.file_bytes, left)?;
-            file.write_all_at(&shard.header, 0).map_err(|source| {
-                WriteError::writing(&temporary, "write the header", left, source)
-            })?;
+            file.write_all_at(&shard.header, 0)
+                .map_err(|source| WriteError::writing(&temporary, "write the header", left, source))?;
             let metadata = file.metadata().map_err(|source| WriteError::Io {
                 path: temporary.clone(),
                 doing: "look at a temporary file",
@@ -191,16 +190,10 @@ impl CheckpointWriter {
         let shard = &self.shards[number];
         let file = self.file(number)?;
         // A later sync has to look again. A failed sync stays failed.
-        let _ =
-            shard
-                .durable
-                .compare_exchange(SYNCED, NOT_SYNCED, Ordering::AcqRel, Ordering::Acquire);
+        let _ = shard.durable.compare_exchange(SYNCED, NOT_SYNCED, Ordering::AcqRel, Ordering::Acquire);
         // Repeats short and interrupted writes.
         file.write_all_at(bytes, start + offset).map_err(|source| {
-            let need = self
-                .layout
-                .tensor_bytes()
-                .saturating_sub(self.bytes_written());
+            let need = self.layout.tensor_bytes().saturating_sub(self.bytes_written());
             WriteError::writing(&shard.temporary, "write", need, source)
         })?;
         self.bytes_written.fetch_add(length, Ordering::Relaxed);
@@ -242,9 +235,7 @@ impl CheckpointWriter {
             match shard.durable.load(Ordering::Acquire) {
                 SYNCED => continue,
                 SYNC_FAILED => {
-                    return Err(WriteError::NotDurable {
-                        path: shard.temporary.clone(),
-                    });
+                    return Err(WriteError::NotDurable { path: shard.temporary.clone() });
                 }
                 _ => {}
             }
@@ -278,18 +269,12 @@ impl CheckpointWriter {
         for file in before_index.iter().chain([&last]) {
             self.check_side_name(&file.name)?;
             if !names.insert(file.name.as_str()) {
-                return Err(WriteError::BadSideName {
-                    name: file.name.clone(),
-                    why: "given twice",
-                });
+                return Err(WriteError::BadSideName { name: file.name.clone(), why: "given twice" });
             }
         }
         self.sync()?;
         self.dir.sync_created()?;
-        let mut first = before_index
-            .iter()
-            .map(|file| self.stage(file))
-            .collect::<Result<Vec<_>, _>>()?;
+        let mut first = before_index.iter().map(|file| self.stage(file)).collect::<Result<Vec<_>, _>>()?;
         let index = match self.layout.index_json() {
             Some(bytes) => Some(self.stage(&SideFile::new(INDEX_NAME, bytes))?),
             None => None,
@@ -313,16 +298,9 @@ impl CheckpointWriter {
         lock(&self.made).clear();
         self.dir.keep();
         let files: Vec<WrittenFile> = (self.layout.shards().iter())
-            .map(|shard| WrittenFile {
-                name: shard.file_name.clone(),
-                bytes: shard.file_bytes,
-            })
+            .map(|shard| WrittenFile { name: shard.file_name.clone(), bytes: shard.file_bytes })
             .collect();
-        Ok(WrittenCheckpoint {
-            directory: self.path().to_owned(),
-            bytes: self.layout.file_bytes(),
-            files,
-        })
+        Ok(WrittenCheckpoint { directory: self.path().to_owned(), bytes: self.layout.file_bytes(), files })
     }
 
     /// Prepares a side file: its temporary path and its final name.
@@ -334,17 +312,8 @@ impl CheckpointWriter {
 
     fn check_side_name(&self, name: &str) -> Result<(), WriteError> {
         side::check_name(name)?;
-        if name == INDEX_NAME
-            || self
-                .layout
-                .shards()
-                .iter()
-                .any(|shard| shard.file_name == name)
-        {
-            return Err(WriteError::BadSideName {
-                name: name.to_owned(),
-                why: "it is the checkpoint's own",
-            });
+        if name == INDEX_NAME || self.layout.shards().iter().any(|shard| shard.file_name == name) {
+            return Err(WriteError::BadSideName { name: name.to_owned(), why: "it is the checkpoint's own" });
         }
         Ok(())
     }
@@ -365,9 +334,7 @@ impl CheckpointWriter {
             }
         }
         let shard = &self.shards[number];
-        let replaced = || WriteError::TemporaryReplaced {
-            path: shard.temporary.clone(),
-        };
+        let replaced = || WriteError::TemporaryReplaced { path: shard.temporary.clone() };
         let opened = OpenOptions::new()
             .write(true)
             .custom_flags(OFlags::NOFOLLOW.bits() as i32)
@@ -419,12 +386,7 @@ fn reserve(path: &Path, file: &File, bytes: u64, left: u64) -> Result<(), WriteE
             Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(()),
             Err(Errno::INTR) => {}
             Err(error) => {
-                return Err(WriteError::writing(
-                    path,
-                    "reserve space",
-                    left,
-                    error.into(),
-                ));
+                return Err(WriteError::writing(path, "reserve space", left, error.into()));
             }
         }
     }
@@ -470,10 +432,8 @@ impl Coverage {
             return Ok(());
         };
         let spec = &layout.specs()[tensor];
-        let written = self
-            .partial
-            .get(&tensor)
-            .map_or(0, |pieces| pieces.iter().map(|p| p.end - p.start).sum());
+        let written =
+            self.partial.get(&tensor).map_or(0, |pieces| pieces.iter().map(|p| p.end - p.start).sum());
         Err(WriteError::Incomplete {
             tensor: spec.name.clone(),
             written,
@@ -487,9 +447,9 @@ impl Coverage {
 fn insert(pieces: &mut Vec<Range<u64>>, piece: Range<u64>) {
     let from = pieces.partition_point(|held| held.end < piece.start);
     let to = pieces.partition_point(|held| held.start <= piece.end);
-    let joined = pieces[from..to].iter().fold(piece, |joined, held| {
-        joined.start.min(held.start)..joined.end.max(held.end)
-    });
+    let joined = pieces[from..to]
+        .iter()
+        .fold(piece, |joined, held| joined.start.min(held.start)..joined.end.max(held.end));
     pieces.splice(from..to, [joined]);
 }
 

@@ -77,10 +77,7 @@ pub enum SideContent {
 impl SideFile {
     /// A file with these bytes.
     pub fn new(name: impl Into<String>, bytes: impl Into<Vec<u8>>) -> Self {
-        Self {
-            name: name.into(),
-            content: SideContent::Bytes(bytes.into()),
-        }
+        Self { name: name.into(), content: SideContent::Bytes(bytes.into()) }
     }
 
     /// A file with this value as indented JSON and a final newline.
@@ -118,11 +115,7 @@ pub fn copy_side_files(base: &Path) -> Result<Vec<SideFile>, WriteError> {
                 continue;
             }
             Err(source) => {
-                return Err(WriteError::Io {
-                    path: from,
-                    doing: "look at a file to copy",
-                    source,
-                });
+                return Err(WriteError::Io { path: from, doing: "look at a file to copy", source });
             }
         };
         if !metadata.is_file() {
@@ -131,16 +124,9 @@ pub fn copy_side_files(base: &Path) -> Result<Vec<SideFile>, WriteError> {
         }
         let bytes = metadata.len();
         if bytes > MAX_COPY_BYTES {
-            return Err(WriteError::SideFileTooLarge {
-                path: from,
-                bytes,
-                limit: MAX_COPY_BYTES,
-            });
+            return Err(WriteError::SideFileTooLarge { path: from, bytes, limit: MAX_COPY_BYTES });
         }
-        files.push(SideFile {
-            name: name.to_owned(),
-            content: SideContent::Copy { from, bytes },
-        });
+        files.push(SideFile { name: name.to_owned(), content: SideContent::Copy { from, bytes } });
     }
     Ok(files)
 }
@@ -221,10 +207,7 @@ pub(super) fn check_name(name: &str) -> Result<(), WriteError> {
     } else {
         return Ok(());
     };
-    Err(WriteError::BadSideName {
-        name: name.to_owned(),
-        why,
-    })
+    Err(WriteError::BadSideName { name: name.to_owned(), why })
 }
 
 /// The name under which the file `name` is prepared.
@@ -233,24 +216,12 @@ pub(super) fn temporary_name(name: &str) -> String {
 }
 
 /// Makes a new temporary file for the final name `name`; its mode is 0666 cut by the umask.
-pub(super) fn create_temporary(
-    directory: &Path,
-    name: &str,
-) -> Result<(PathBuf, File), WriteError> {
+pub(super) fn create_temporary(directory: &Path, name: &str) -> Result<(PathBuf, File), WriteError> {
     let path = directory.join(temporary_name(name));
-    let created = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o666)
-        .open(&path);
+    let created = OpenOptions::new().write(true).create_new(true).mode(0o666).open(&path);
     match created {
         Ok(file) => Ok((path, file)),
-        Err(source) => Err(WriteError::writing(
-            &path,
-            "create a temporary file",
-            4096,
-            source,
-        )),
+        Err(source) => Err(WriteError::writing(&path, "create a temporary file", 4096, source)),
     }
 }
 
@@ -259,8 +230,7 @@ pub(super) fn create_temporary(
 pub(super) fn stage(directory: &Path, side: &SideFile) -> Result<PathBuf, WriteError> {
     let (path, file) = create_temporary(directory, &side.name)?;
     let staged = fill(&path, &file, side).and_then(|()| {
-        file.sync_all()
-            .map_err(|source| WriteError::writing(&path, "fsync", side.bytes(), source))
+        file.sync_all().map_err(|source| WriteError::writing(&path, "fsync", side.bytes(), source))
     });
     match staged {
         Ok(()) => Ok(path),
@@ -277,13 +247,7 @@ fn fill(path: &Path, mut file: &File, side: &SideFile) -> Result<(), WriteError>
         SideContent::Bytes(bytes) => return file.write_all(bytes).map_err(refuse),
         SideContent::Copy { from, bytes } => (from, *bytes),
     };
-    let unreadable = |doing| {
-        move |source| WriteError::Io {
-            path: from.clone(),
-            doing,
-            source,
-        }
-    };
+    let unreadable = |doing| move |source| WriteError::Io { path: from.clone(), doing, source };
     // Not blocking: a FIFO put there since the listing would otherwise wait for ever.
     let source = OpenOptions::new()
         .read(true)
@@ -305,11 +269,7 @@ fn fill(path: &Path, mut file: &File, side: &SideFile) -> Result<(), WriteError>
         got += n as u64;
     }
     if got != expected {
-        return Err(WriteError::SideFileChanged {
-            path: from.clone(),
-            got,
-            expected,
-        });
+        return Err(WriteError::SideFileChanged { path: from.clone(), got, expected });
     }
     Ok(())
 }
@@ -318,26 +278,15 @@ fn fill(path: &Path, mut file: &File, side: &SideFile) -> Result<(), WriteError>
 pub(super) fn rename_free(temporary: &Path, name: &Path) -> Result<(), WriteError> {
     match fs::symlink_metadata(name) {
         Ok(_) => {
-            return Err(WriteError::NameTaken {
-                path: name.to_owned(),
-            });
+            return Err(WriteError::NameTaken { path: name.to_owned() });
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(source) => {
-            return Err(WriteError::Io {
-                path: name.to_owned(),
-                doing: "look at a final name",
-                source,
-            });
+            return Err(WriteError::Io { path: name.to_owned(), doing: "look at a final name", source });
         }
     }
     fs::rename(temporary, name).map_err(|source| {
-        WriteError::writing(
-            name,
-            "rename a temporary file to its final name",
-            4096,
-            source,
-        )
+        WriteError::writing(name, "rename a temporary file to its final name", 4096, source)
     })
 }
 

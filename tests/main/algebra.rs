@@ -89,7 +89,8 @@ impl Matrix {
         let mut m = Self::zeros(rows, columns);
         for i in 0..rows {
             for j in 0..columns {
-                m.data[i * columns + j] = self.at(i / other.rows, j / other.columns) * other.at(i % other.rows, j % other.columns);
+                m.data[i * columns + j] =
+                    self.at(i / other.rows, j / other.columns) * other.at(i % other.rows, j % other.columns);
             }
         }
         m

@@ -22,7 +22,8 @@ const HALF_ULP: f64 = 1.0 / (1u64 << 24) as f64;
 const DIRECT: f64 = HALF_ULP + 1e-10;
 
 /// The 2-D weights that have statistics: out ≠ in, so that a missing transpose shows.
-const WEIGHTS: [(&str, usize, usize); 2] = [("model.layers.0.mlp.weight", 5, 7), ("model.layers.1.mlp.weight", 6, 4)];
+const WEIGHTS: [(&str, usize, usize); 2] =
+    [("model.layers.0.mlp.weight", 5, 7), ("model.layers.1.mlp.weight", 6, 4)];
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const NORM: &str = "model.norm.weight";
 const IDS: &str = "model.position_ids";
@@ -51,10 +52,14 @@ impl World {
         let (mut input, mut output, mut fisher) = (Vec::new(), Vec::new(), Vec::new());
         for (k, model) in models.iter().enumerate() {
             scratch.model(&format!("m{k}"), model);
-            let a: Vec<Matrix> = WEIGHTS.iter().map(|(_, _, side)| gram(*side, 5 * side, &mut random)).collect();
-            let g: Vec<Matrix> = WEIGHTS.iter().map(|(_, side, _)| gram(*side, 5 * side, &mut random)).collect();
-            let mut squares = |len: usize| -> Vec<f64> { random.values(len).iter().map(|v| v * v + 1e-3).collect() };
-            let f = [squares(7), squares(35), squares(24)].map(|v| v.iter().map(|x| f64::from(*x as f32)).collect());
+            let a: Vec<Matrix> =
+                WEIGHTS.iter().map(|(_, _, side)| gram(*side, 5 * side, &mut random)).collect();
+            let g: Vec<Matrix> =
+                WEIGHTS.iter().map(|(_, side, _)| gram(*side, 5 * side, &mut random)).collect();
+            let mut squares =
+                |len: usize| -> Vec<f64> { random.values(len).iter().map(|v| v * v + 1e-3).collect() };
+            let f = [squares(7), squares(35), squares(24)]
+                .map(|v| v.iter().map(|x| f64::from(*x as f32)).collect());
             let mut statistics = Statistics::new().diagonal(NORM, &[7], &f[0]);
             for (w, (name, out, side)) in WEIGHTS.iter().enumerate() {
                 statistics = statistics
@@ -74,7 +79,8 @@ impl World {
     fn config(&self, head: &str) -> String {
         let names: Vec<(String, String)> =
             (0..self.models.len()).map(|k| (format!("m{k}"), format!("m{k}.safetensors"))).collect();
-        let entries: Vec<(&str, Option<&str>)> = names.iter().map(|(m, s)| (m.as_str(), Some(s.as_str()))).collect();
+        let entries: Vec<(&str, Option<&str>)> =
+            names.iter().map(|(m, s)| (m.as_str(), Some(s.as_str()))).collect();
         format!("{head}\n{}", models(&entries))
     }
 

@@ -38,7 +38,8 @@ pub struct Output {
 
 impl Scratch {
     pub fn new() -> Self {
-        let directory = tempfile::Builder::new().prefix("mats-stream-test-").tempdir().expect("a temporary directory");
+        let directory =
+            tempfile::Builder::new().prefix("mats-stream-test-").tempdir().expect("a temporary directory");
         Self { directory: Some(directory), log: RefCell::default() }
     }
 
@@ -156,7 +157,9 @@ impl Scratch {
     /// Reads a finished output directory.
     pub fn merged(&self, out: &str) -> Merged {
         let directory = self.join(out);
-        let report = strict_json(&fs::read_to_string(directory.join("merge_report.json")).expect("a finished run reports"));
+        let report = strict_json(
+            &fs::read_to_string(directory.join("merge_report.json")).expect("a finished run reports"),
+        );
         Merged { tensors: read_checkpoint(&directory), directory, report }
     }
 
@@ -282,14 +285,24 @@ impl Tensor {
     /// What is stored, exactly.
     pub fn values(&self) -> Vec<f64> {
         match self.dtype {
-            "F64" => self.bytes.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().expect("8"))).collect(),
-            "F32" => {
-                self.bytes.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().expect("4")))).collect()
+            "F64" => {
+                self.bytes.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().expect("8"))).collect()
             }
-            "F16" => self.bytes.chunks_exact(2).map(|b| f16::from_le_bytes(b.try_into().expect("2")).to_f64()).collect(),
-            "BF16" => {
-                self.bytes.chunks_exact(2).map(|b| bf16::from_le_bytes(b.try_into().expect("2")).to_f64()).collect()
-            }
+            "F32" => self
+                .bytes
+                .chunks_exact(4)
+                .map(|b| f64::from(f32::from_le_bytes(b.try_into().expect("4"))))
+                .collect(),
+            "F16" => self
+                .bytes
+                .chunks_exact(2)
+                .map(|b| f16::from_le_bytes(b.try_into().expect("2")).to_f64())
+                .collect(),
+            "BF16" => self
+                .bytes
+                .chunks_exact(2)
+                .map(|b| bf16::from_le_bytes(b.try_into().expect("2")).to_f64())
+                .collect(),
             other => panic!("no floats in {other}"),
         }
     }
@@ -348,7 +361,8 @@ pub fn safetensors_aligned(tensors: &[Tensor], metadata: &[(&str, &str)], misali
     for tensor in tensors {
         let start = data.len();
         data.extend_from_slice(&tensor.bytes);
-        let entry = json!({ "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, data.len()] });
+        let entry =
+            json!({ "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, data.len()] });
         assert!(header.insert(tensor.name.clone(), entry).is_none(), "{} is there twice", tensor.name);
     }
     let mut header = Value::Object(header).to_string();
@@ -366,7 +380,8 @@ pub fn raw_safetensors(header: &[u8], data: &[u8]) -> Vec<u8> {
 /// Reads a safetensors file with the `safetensors` crate.
 pub fn read_safetensors(path: &Path) -> Vec<Tensor> {
     let bytes = fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let file =
+        safetensors::SafeTensors::deserialize(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     file.iter()
         .map(|(name, view)| Tensor {
             name: name.to_owned(),
@@ -485,7 +500,8 @@ impl Statistics {
     }
 
     pub fn bytes(&self) -> Vec<u8> {
-        let mut metadata = vec![("format", "mats-stream-statistics/1"), ("model", "test"), ("examples", "10")];
+        let mut metadata =
+            vec![("format", "mats-stream-statistics/1"), ("model", "test"), ("examples", "10")];
         metadata.extend(self.aliases.iter().map(|(k, v)| (k.as_str(), v.as_str())));
         safetensors(&self.tensors, &metadata)
     }

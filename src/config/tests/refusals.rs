@@ -97,18 +97,9 @@ fn refusals() {
             "2: models[0].parameters.normalize: is one for all models: give it under the \
              config's own `parameters`",
         ),
-        (
-            linear("solver: {method: cg}"),
-            "3: solver: `linear` solves nothing, so it has no solver",
-        ),
-        (
-            linear("initial: zero"),
-            "3: initial: `linear` solves nothing, so it starts nowhere",
-        ),
-        (
-            linear("subspace: gram"),
-            "3: subspace: `linear` has no subspace; `merge_method: mats` has",
-        ),
+        (linear("solver: {method: cg}"), "3: solver: `linear` solves nothing, so it has no solver"),
+        (linear("initial: zero"), "3: initial: `linear` solves nothing, so it starts nowhere"),
+        (linear("subspace: gram"), "3: subspace: `linear` has no subspace; `merge_method: mats` has"),
         (
             "merge_method: fisher\nmodels: [{model: a, statistics: s}]\nsubspace: kfac".into(),
             "3: subspace: `fisher` is a preset whose subspace is fisher_diagonal; others go \
@@ -182,30 +173,15 @@ fn refusals() {
         ),
         // Types.
         ("- a".into(), "1: config: expected a mapping, got a list"),
-        (
-            "merge_method: linear\nmodels: a".into(),
-            "2: models: expected a list of models, got `a`",
-        ),
+        ("merge_method: linear\nmodels: a".into(), "2: models: expected a list of models, got `a`"),
         (
             "merge_method: linear\nmodels: [a]".into(),
             "2: models[0]: expected a mapping with `model`, got `a`",
         ),
-        (
-            "merge_method: [linear]".into(),
-            "1: merge_method: expected a word, got a list",
-        ),
-        (
-            mats("solver: cg"),
-            "3: solver: expected a mapping, as `{ method: cg }`, got `cg`",
-        ),
-        (
-            linear("parameters: {weight: '1.0'}"),
-            "3: parameters.weight: expected a finite number, got `1.0`",
-        ),
-        (
-            linear("parameters: {weight: []}"),
-            "3: parameters.weight: expected at least one value, got a list",
-        ),
+        ("merge_method: [linear]".into(), "1: merge_method: expected a word, got a list"),
+        (mats("solver: cg"), "3: solver: expected a mapping, as `{ method: cg }`, got `cg`"),
+        (linear("parameters: {weight: '1.0'}"), "3: parameters.weight: expected a finite number, got `1.0`"),
+        (linear("parameters: {weight: []}"), "3: parameters.weight: expected at least one value, got a list"),
         (
             linear("parameters: {weight: [1, two]}"),
             "3: parameters.weight[1]: expected a finite number, got `two`",
@@ -229,10 +205,7 @@ fn refusals() {
             "3: parameters.normalize: expected `true` or `false`, got `yes`",
         ),
         // Ranges.
-        (
-            linear("parameters: {weight: .nan}"),
-            "3: parameters.weight: expected a finite number, got `.nan`",
-        ),
+        (linear("parameters: {weight: .nan}"), "3: parameters.weight: expected a finite number, got `.nan`"),
         (
             linear("parameters: {weight: -.inf}"),
             "3: parameters.weight: expected a finite number, got `-.inf`",
@@ -249,10 +222,7 @@ fn refusals() {
             mats("parameters: {off_diagonal: 1.5}"),
             "3: parameters.off_diagonal: expected a number from 0 to 1, got `1.5`",
         ),
-        (
-            mats("solver: {ridge: -1}"),
-            "3: solver.ridge: expected a finite number of at least 0, got `-1`",
-        ),
+        (mats("solver: {ridge: -1}"), "3: solver.ridge: expected a finite number of at least 0, got `-1`"),
         (
             mats("solver: {tolerance: .inf}"),
             "3: solver.tolerance: expected a finite number of at least 0, got `.inf`",
@@ -270,22 +240,10 @@ fn refusals() {
             "3: solver.max_iterations: expected an integer from 0 to 1000000, got `-1`",
         ),
         // What is missing.
-        (
-            String::new(),
-            "1: merge_method: is missing: it says how to merge, as `mats` or `linear`",
-        ),
-        (
-            MODELS.into(),
-            "1: merge_method: is missing: it says how to merge, as `mats` or `linear`",
-        ),
-        (
-            "merge_method: linear".into(),
-            "1: models: is missing: it lists the checkpoints to merge",
-        ),
-        (
-            "merge_method: linear\nmodels:".into(),
-            "2: models: is missing: it lists the checkpoints to merge",
-        ),
+        (String::new(), "1: merge_method: is missing: it says how to merge, as `mats` or `linear`"),
+        (MODELS.into(), "1: merge_method: is missing: it says how to merge, as `mats` or `linear`"),
+        ("merge_method: linear".into(), "1: models: is missing: it lists the checkpoints to merge"),
+        ("merge_method: linear\nmodels:".into(), "2: models: is missing: it lists the checkpoints to merge"),
         (
             "merge_method: linear\nmodels: []".into(),
             "2: models: is missing: the list is empty, and a merge needs at least one model",
@@ -298,26 +256,11 @@ fn refusals() {
             format!("merge_method: task_arithmetic\n{MODELS}"),
             "1: base_model: is missing: `task_arithmetic` needs it",
         ),
-        (
-            format!("{MODELS}merge_method: wudi\n"),
-            "2: base_model: is missing: `wudi` needs it",
-        ),
-        (
-            mats("subspace: delta_gram"),
-            "3: base_model: is missing: `subspace: delta_gram` needs it",
-        ),
-        (
-            mats("initial: base"),
-            "3: base_model: is missing: `initial: base` needs it",
-        ),
-        (
-            mats("unmatched: base"),
-            "3: base_model: is missing: `unmatched: base` needs it",
-        ),
-        (
-            mats("initial: {merge_method: wudi}"),
-            "3: base_model: is missing: `wudi` needs it",
-        ),
+        (format!("{MODELS}merge_method: wudi\n"), "2: base_model: is missing: `wudi` needs it"),
+        (mats("subspace: delta_gram"), "3: base_model: is missing: `subspace: delta_gram` needs it"),
+        (mats("initial: base"), "3: base_model: is missing: `initial: base` needs it"),
+        (mats("unmatched: base"), "3: base_model: is missing: `unmatched: base` needs it"),
+        (mats("initial: {merge_method: wudi}"), "3: base_model: is missing: `wudi` needs it"),
         (
             mats("subspace: kfac"),
             "2: models[0].statistics: is missing: `subspace: kfac` needs the statistics of \
@@ -356,22 +299,13 @@ fn refusals() {
             "merge_method: linear\nmodels:\n  - model: a\n    model: b".into(),
             "4: models[0].model: duplicate key (first given at line 3)",
         ),
-        (
-            "? [a]\n: b".into(),
-            "1: a key must be a single word, not a list or mapping",
-        ),
+        ("? [a]\n: b".into(), "1: a key must be a single word, not a list or mapping"),
         (
             "merge_method: !!python/object:os.system x".into(),
             "1: merge_method: the YAML tag `!!python/object:os.system` has no meaning here",
         ),
-        (
-            "merge_method: &a [*a]".into(),
-            "1: merge_method[0]: an alias stands inside the very node it names",
-        ),
-        (
-            "a: {<<: 3}".into(),
-            "1: a: a merge key takes a mapping or a list of mappings, got `3`",
-        ),
+        ("merge_method: &a [*a]".into(), "1: merge_method[0]: an alias stands inside the very node it names"),
+        ("a: {<<: 3}".into(), "1: a: a merge key takes a mapping or a list of mappings, got `3`"),
         (
             linear("\"bad\\nkey\\u001b[31m\": 1"),
             "3: bad\\nkey\\u{1b}[31m: unknown key (expected one of merge_method, models, \
@@ -392,33 +326,17 @@ fn refusals() {
 #[test]
 fn hostile_yaml_is_refused_quickly() {
     let bomb: String = std::iter::once("a0: &a0 [x, x]\n".to_owned())
-        .chain((1..40).map(|i| {
-            format!(
-                "a{i}: &a{i} [{}]\n",
-                vec![format!("*a{}", i - 1); 10].join(", ")
-            )
-        }))
+        .chain((1..40).map(|i| format!("a{i}: &a{i} [{}]\n", vec![format!("*a{}", i - 1); 10].join(", "))))
         .collect();
-    let long = format!(
-        "a: &a {}\nb: [{}]",
-        "x".repeat(500_000),
-        vec!["*a"; 100_000].join(",")
-    );
+    let long = format!("a: &a {}\nb: [{}]", "x".repeat(500_000), vec!["*a"; 100_000].join(","));
     let merge_bomb: String = std::iter::once("a0: &a0 {k: v}\n".to_owned())
-        .chain((1..40).map(|i| {
-            format!(
-                "a{i}: &a{i} {{b: *a{0}, c: *a{0}, <<: [*a{0}, *a{0}]}}\n",
-                i - 1
-            )
-        }))
+        .chain((1..40).map(|i| format!("a{i}: &a{i} {{b: *a{0}, c: *a{0}, <<: [*a{0}, *a{0}]}}\n", i - 1)))
         .collect();
     let deep_alias: String = std::iter::once("a0: &a0 [x]\n".to_owned())
         .chain((1..20_000).map(|i| format!("a{i}: &a{i} [*a{}]\n", i - 1)))
         .collect();
-    let deep_rounds = format!(
-        "merge_method: mats\n{MODELS}{}x",
-        "initial: {merge_method: mats, ".repeat(10_000)
-    );
+    let deep_rounds =
+        format!("merge_method: mats\n{MODELS}{}x", "initial: {merge_method: mats, ".repeat(10_000));
     let cases = [
         ("alias bomb", bomb),
         ("one long scalar, often", long),
@@ -428,36 +346,19 @@ fn hostile_yaml_is_refused_quickly() {
         ("open lists", "[".repeat(100_000)),
         ("open mappings", "{a: ".repeat(100_000)),
         ("block lists", "- ".repeat(100_000)),
-        (
-            "block mappings",
-            (0..1000)
-                .map(|i| format!("{}a:\n", " ".repeat(i)))
-                .collect(),
-        ),
+        ("block mappings", (0..1000).map(|i| format!("{}a:\n", " ".repeat(i))).collect()),
         ("many values", "- a\n".repeat(250_000)),
-        (
-            "many keys",
-            (0..100_000).map(|i| format!("k{i}: 1\n")).collect(),
-        ),
+        ("many keys", (0..100_000).map(|i| format!("k{i}: 1\n")).collect()),
         ("one long key", format!("{}: 1", "k".repeat(1_000_000))),
-        (
-            "one long value",
-            format!("merge_method: {}", "m".repeat(1_000_000)),
-        ),
+        ("one long value", format!("merge_method: {}", "m".repeat(1_000_000))),
         ("two megabytes", " ".repeat(2 << 20)),
-        (
-            "tabs",
-            "merge_method: linear\nmodels:\n\t- model: a\n".to_owned(),
-        ),
+        ("tabs", "merge_method: linear\nmodels:\n\t- model: a\n".to_owned()),
         ("a tag", "!!python/object/apply:os.system [id]".to_owned()),
         ("a bad escape", "merge_method: \"\\q\"".to_owned()),
         ("NUL", "merge_method: \0".to_owned()),
         ("an unknown alias", "merge_method: *nothing".to_owned()),
         ("question marks", "? ".repeat(100_000)),
-        (
-            "many anchors",
-            (0..60_000).map(|i| format!("- &a{i} x\n")).collect(),
-        ),
+        ("many anchors", (0..60_000).map(|i| format!("- &a{i} x\n")).collect()),
         ("quotes", "\"".repeat(99_999)),
     ];
     for (name, text) in cases {
@@ -480,19 +381,10 @@ fn files_that_are_no_config() {
     let path = |name: &str| directory.path().join(name);
     let load = |name: &str| MergeConfig::load(&path(name)).expect_err(name);
 
-    assert!(matches!(
-        load("missing.yml"),
-        ConfigError::Io { doing: "open", .. }
-    ));
+    assert!(matches!(load("missing.yml"), ConfigError::Io { doing: "open", .. }));
     assert!(std::error::Error::source(&load("missing.yml")).is_some());
     fs::create_dir(path("sub")).expect("mkdir");
-    assert!(matches!(
-        load("sub"),
-        ConfigError::NotRegular {
-            found: "a directory",
-            ..
-        }
-    ));
+    assert!(matches!(load("sub"), ConfigError::NotRegular { found: "a directory", .. }));
     rustix::fs::mkfifoat(rustix::fs::CWD, path("fifo"), rustix::fs::Mode::RUSR).expect("mkfifo");
     assert!(matches!(load("fifo"), ConfigError::NotRegular { .. }));
     assert!(matches!(
@@ -500,32 +392,13 @@ fn files_that_are_no_config() {
         ConfigError::NotRegular { .. }
     ));
     fs::write(path("latin1.yml"), b"merge_method: linear\nname: caf\xe9\n").expect("write");
-    assert!(matches!(
-        load("latin1.yml"),
-        ConfigError::NotUtf8 {
-            line: 2,
-            offset: 30,
-            ..
-        }
-    ));
+    assert!(matches!(load("latin1.yml"), ConfigError::NotUtf8 { line: 2, offset: 30, .. }));
     let limit = 1 << 20;
     let text = format!("merge_method: linear\n{MODELS}#");
-    fs::write(
-        path("full.yml"),
-        format!("{text}{}", "x".repeat(limit - text.len())),
-    )
-    .expect("write");
+    fs::write(path("full.yml"), format!("{text}{}", "x".repeat(limit - text.len()))).expect("write");
     MergeConfig::load(&path("full.yml")).expect("exactly the limit");
-    fs::write(
-        path("over.yml"),
-        format!("{text}{}", "x".repeat(limit + 1 - text.len())),
-    )
-    .expect("write");
+    fs::write(path("over.yml"), format!("{text}{}", "x".repeat(limit + 1 - text.len()))).expect("write");
     assert!(matches!(load("over.yml"), ConfigError::TooLarge { .. }));
     fs::write(path("new\nline.yml"), "a: b").expect("write");
-    assert!(
-        load("new\nline.yml")
-            .to_string()
-            .contains("new\\nline.yml:1: a: unknown key")
-    );
+    assert!(load("new\nline.yml").to_string().contains("new\\nline.yml:1: a: unknown key"));
 }

@@ -7,12 +7,7 @@ use super::*;
 
 fn spec(name: &str, dtype: &str, shape: &[usize]) -> TensorSpec {
     let bytes = stored_bytes(shape, dtype_bits(dtype).expect("known dtype")).expect("whole bytes");
-    TensorSpec {
-        name: name.to_owned(),
-        dtype: dtype.to_owned(),
-        shape: shape.to_vec(),
-        bytes,
-    }
+    TensorSpec { name: name.to_owned(), dtype: dtype.to_owned(), shape: shape.to_vec(), bytes }
 }
 
 /// The file as it will be, with zeros for data.
@@ -24,11 +19,8 @@ fn file_of(shard: &ShardLayout) -> Vec<u8> {
 
 #[test]
 fn one_small_shard_by_hand() {
-    let layout = OutputLayout::new(
-        vec![spec("a", "F32", &[2, 3]), spec("b", "BF16", &[])],
-        u64::MAX,
-    )
-    .unwrap();
+    let layout =
+        OutputLayout::new(vec![spec("a", "F32", &[2, 3]), spec("b", "BF16", &[])], u64::MAX).unwrap();
     let shard = &layout.shards()[0];
     assert_eq!(shard.file_name, "model.safetensors");
     let json = concat!(
@@ -37,10 +29,7 @@ fn one_small_shard_by_hand() {
     );
     let padded = json.len().next_multiple_of(8);
     assert_eq!(shard.header[..8], (padded as u64).to_le_bytes());
-    assert_eq!(
-        std::str::from_utf8(&shard.header[8..]).unwrap(),
-        format!("{json:padded$}")
-    );
+    assert_eq!(std::str::from_utf8(&shard.header[8..]).unwrap(), format!("{json:padded$}"));
     assert_eq!(shard.file_bytes, 8 + padded as u64 + 26);
     assert_eq!(layout.locate(1), Some((0, shard.data_start + 24)));
     assert_eq!(layout.locate(2), None);
@@ -49,46 +38,25 @@ fn one_small_shard_by_hand() {
 
 #[test]
 fn a_tensor_larger_than_the_limit_is_alone() {
-    let specs = vec![
-        spec("a", "U8", &[4]),
-        spec("big", "U8", &[50]),
-        spec("b", "U8", &[6]),
-        spec("c", "U8", &[4]),
-    ];
+    let specs =
+        vec![spec("a", "U8", &[4]), spec("big", "U8", &[50]), spec("b", "U8", &[6]), spec("c", "U8", &[4])];
     let layout = OutputLayout::new(specs, 10).unwrap();
-    let members: Vec<Vec<usize>> = layout
-        .shards()
-        .iter()
-        .map(|shard| shard.tensors.iter().map(|t| t.spec).collect())
-        .collect();
+    let members: Vec<Vec<usize>> =
+        layout.shards().iter().map(|shard| shard.tensors.iter().map(|t| t.spec).collect()).collect();
     assert_eq!(members, [vec![0], vec![1], vec![2, 3]]);
-    assert_eq!(
-        layout.shards()[1].file_name,
-        "model-00002-of-00003.safetensors"
-    );
+    assert_eq!(layout.shards()[1].file_name, "model-00002-of-00003.safetensors");
     let index: Value = serde_json::from_slice(&layout.index_json().unwrap()).unwrap();
     assert_eq!(index["metadata"]["total_size"], 64);
     let names: Vec<&String> = index["weight_map"].as_object().unwrap().keys().collect();
     assert_eq!(names, ["a", "b", "big", "c"]);
-    assert_eq!(
-        index["weight_map"]["big"],
-        "model-00002-of-00003.safetensors"
-    );
+    assert_eq!(index["weight_map"]["big"], "model-00002-of-00003.safetensors");
 }
 
 #[test]
 fn wide_dtypes_come_first_only_where_the_order_would_misalign_them() {
-    let kept = OutputLayout::new(
-        vec![spec("m", "BOOL", &[8]), spec("w", "F32", &[2])],
-        u64::MAX,
-    )
-    .unwrap();
+    let kept = OutputLayout::new(vec![spec("m", "BOOL", &[8]), spec("w", "F32", &[2])], u64::MAX).unwrap();
     assert_eq!(kept.shards()[0].tensors[0].spec, 0);
-    let moved = OutputLayout::new(
-        vec![spec("m", "BOOL", &[3]), spec("w", "F32", &[2])],
-        u64::MAX,
-    )
-    .unwrap();
+    let moved = OutputLayout::new(vec![spec("m", "BOOL", &[3]), spec("w", "F32", &[2])], u64::MAX).unwrap();
     assert_eq!(moved.shards()[0].tensors[0].spec, 1);
     assert_eq!(moved.locate(0), Some((0, moved.shards()[0].data_start + 8)));
 }
@@ -97,26 +65,15 @@ fn wide_dtypes_come_first_only_where_the_order_would_misalign_them() {
 fn no_tensors_make_one_valid_file() {
     let layout = OutputLayout::new(Vec::new(), 1).unwrap();
     assert_eq!(layout.shards().len(), 1);
-    assert!(
-        SafeTensors::deserialize(&file_of(&layout.shards()[0]))
-            .unwrap()
-            .is_empty()
-    );
+    assert!(SafeTensors::deserialize(&file_of(&layout.shards()[0])).unwrap().is_empty());
 }
 
 #[test]
 fn a_header_past_its_limit_splits_the_shard() {
-    let specs: Vec<_> = (0..40)
-        .map(|i| spec(&format!("layers.{i}.weight"), "F32", &[1]))
-        .collect();
+    let specs: Vec<_> = (0..40).map(|i| spec(&format!("layers.{i}.weight"), "F32", &[1])).collect();
     let layout = OutputLayout::with_header_limit(specs, u64::MAX, 1000).unwrap();
     assert!(layout.shards().len() > 1);
-    assert!(
-        layout
-            .shards()
-            .iter()
-            .all(|shard| shard.header.len() - 8 <= 1000)
-    );
+    assert!(layout.shards().iter().all(|shard| shard.header.len() - 8 <= 1000));
     let long = vec![spec(&"n".repeat(1000), "F32", &[1])];
     assert!(matches!(
         OutputLayout::with_header_limit(long, u64::MAX, 1000),
@@ -129,54 +86,25 @@ fn refusals_name_the_tensor() {
     let refused = |specs: Vec<TensorSpec>| OutputLayout::new(specs, 100).unwrap_err().to_string();
     assert!(refused(vec![spec("__metadata__", "F32", &[1])]).contains("__metadata__"));
     assert!(
-        refused(vec![spec("a", "F32", &[1]), spec("a", "F32", &[1])])
-            .starts_with("tensor `a`: named twice")
+        refused(vec![spec("a", "F32", &[1]), spec("a", "F32", &[1])]).starts_with("tensor `a`: named twice")
     );
-    let odd = TensorSpec {
-        dtype: "F33\n".into(),
-        ..spec("a", "F32", &[1])
-    };
-    assert_eq!(
-        refused(vec![odd]),
-        "tensor `a`: dtype `F33\\n` is none of safetensors'"
-    );
-    let wrong = TensorSpec {
-        bytes: 5,
-        ..spec("a", "F32", &[1])
-    };
-    assert_eq!(
-        refused(vec![wrong]),
-        "tensor `a`: F32 [1] does not take 5 bytes (expected 4)"
-    );
-    let overflow = TensorSpec {
-        shape: vec![1 << 40, 1 << 40],
-        ..spec("a", "F32", &[1])
-    };
+    let odd = TensorSpec { dtype: "F33\n".into(), ..spec("a", "F32", &[1]) };
+    assert_eq!(refused(vec![odd]), "tensor `a`: dtype `F33\\n` is none of safetensors'");
+    let wrong = TensorSpec { bytes: 5, ..spec("a", "F32", &[1]) };
+    assert_eq!(refused(vec![wrong]), "tensor `a`: F32 [1] does not take 5 bytes (expected 4)");
+    let overflow = TensorSpec { shape: vec![1 << 40, 1 << 40], ..spec("a", "F32", &[1]) };
     assert!(refused(vec![overflow]).contains("below 2^64"));
-    let mut huge: Vec<_> = (0..4)
-        .map(|i| spec(&i.to_string(), "U8", &[1 << 60]))
-        .collect();
+    let mut huge: Vec<_> = (0..4).map(|i| spec(&i.to_string(), "U8", &[1 << 60])).collect();
     huge.push(spec("c", "U8", &[1]));
     assert!(refused(huge).starts_with("tensor `c`: the output passes"));
-    assert!(matches!(
-        OutputLayout::new(Vec::new(), 0),
-        Err(LayoutError::ZeroShardSize)
-    ));
+    assert!(matches!(OutputLayout::new(Vec::new(), 0), Err(LayoutError::ZeroShardSize)));
 }
 
 #[test]
 fn half_byte_dtypes_must_fill_whole_bytes() {
-    let even = TensorSpec {
-        name: "a".into(),
-        dtype: "F4".into(),
-        shape: vec![4],
-        bytes: 2,
-    };
+    let even = TensorSpec { name: "a".into(), dtype: "F4".into(), shape: vec![4], bytes: 2 };
     assert!(OutputLayout::new(vec![even.clone()], 100).is_ok());
-    let odd = TensorSpec {
-        shape: vec![3],
-        ..even
-    };
+    let odd = TensorSpec { shape: vec![3], ..even };
     assert!(matches!(
         OutputLayout::new(vec![odd], 100),
         Err(LayoutError::SizeMismatch { expected: None, .. })
@@ -189,15 +117,9 @@ fn any_specs() -> impl Strategy<Value = Vec<TensorSpec>> {
     // Any text is a name: quotes, control characters, other scripts, the empty string.
     let one = (any::<String>(), dtype, shape);
     prop::collection::vec(one, 0..30).prop_map(|drawn| {
-        let unique: HashMap<String, (&str, Vec<usize>)> = drawn
-            .into_iter()
-            .filter(|d| d.0 != METADATA_KEY)
-            .map(|(n, d, s)| (n, (d, s)))
-            .collect();
-        unique
-            .into_iter()
-            .map(|(name, (dtype, shape))| spec(&name, dtype, &shape))
-            .collect()
+        let unique: HashMap<String, (&str, Vec<usize>)> =
+            drawn.into_iter().filter(|d| d.0 != METADATA_KEY).map(|(n, d, s)| (n, (d, s))).collect();
+        unique.into_iter().map(|(name, (dtype, shape))| spec(&name, dtype, &shape)).collect()
     })
 }
 

@@ -18,10 +18,8 @@ fn refusal(path: &Path, inputs: &[PathBuf]) -> WriteError {
 }
 
 fn names(directory: &Path) -> Vec<String> {
-    let mut names: Vec<String> = fs::read_dir(directory)
-        .unwrap()
-        .map(|e| e.unwrap().file_name().into_string().unwrap())
-        .collect();
+    let mut names: Vec<String> =
+        fs::read_dir(directory).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }
@@ -41,16 +39,7 @@ fn b29_output_equal_to_an_input_is_refused() {
     let dotted = root.path().join("in/../in/.");
     for output in [&input, &dotted] {
         let error = refusal(output, std::slice::from_ref(&input));
-        assert!(
-            matches!(
-                error,
-                WriteError::OverInput {
-                    relation: OverInput::Equal,
-                    ..
-                }
-            ),
-            "{error}"
-        );
+        assert!(matches!(error, WriteError::OverInput { relation: OverInput::Equal, .. }), "{error}");
         assert_eq!(error.exit_class(), ExitClass::BadInput);
     }
     assert_eq!(names(&input), ["model.safetensors"]);
@@ -62,16 +51,7 @@ fn b29_output_nested_in_an_input_is_refused() {
     let input = model(root.path(), "in");
     for nested in ["out", "a/b/c"] {
         let error = refusal(&input.join(nested), std::slice::from_ref(&input));
-        assert!(
-            matches!(
-                error,
-                WriteError::OverInput {
-                    relation: OverInput::Inside,
-                    ..
-                }
-            ),
-            "{error}"
-        );
+        assert!(matches!(error, WriteError::OverInput { relation: OverInput::Inside, .. }), "{error}");
     }
     assert_eq!(names(&input), ["model.safetensors"], "nothing was made");
 }
@@ -83,16 +63,7 @@ fn b29_output_around_an_input_is_refused() {
     let file = input.join("model.safetensors");
     for input in [input, file] {
         let error = refusal(&root.path().join("out"), &[input]);
-        assert!(
-            matches!(
-                error,
-                WriteError::OverInput {
-                    relation: OverInput::Around,
-                    ..
-                }
-            ),
-            "{error}"
-        );
+        assert!(matches!(error, WriteError::OverInput { relation: OverInput::Around, .. }), "{error}");
     }
 }
 
@@ -104,27 +75,12 @@ fn b29_symbolic_links_to_and_into_an_input_are_refused() {
     symlink(&input, &link).unwrap();
     assert!(matches!(
         refusal(&link, std::slice::from_ref(&input)),
-        WriteError::OverInput {
-            relation: OverInput::Equal,
-            ..
-        }
+        WriteError::OverInput { relation: OverInput::Equal, .. }
     ));
     let inside = refusal(&link.join("out"), std::slice::from_ref(&input));
-    assert!(matches!(
-        inside,
-        WriteError::OverInput {
-            relation: OverInput::Inside,
-            ..
-        }
-    ));
+    assert!(matches!(inside, WriteError::OverInput { relation: OverInput::Inside, .. }));
     // And the other way round: the input is the link.
-    assert!(matches!(
-        refusal(&input, &[link]),
-        WriteError::OverInput {
-            relation: OverInput::Equal,
-            ..
-        }
-    ));
+    assert!(matches!(refusal(&input, &[link]), WriteError::OverInput { relation: OverInput::Equal, .. }));
 }
 
 #[test]
@@ -132,14 +88,8 @@ fn b29_a_link_to_nothing_or_to_itself_is_refused() {
     let root = temporary();
     let dangling = root.path().join("dangling");
     symlink(root.path().join("absent"), &dangling).unwrap();
-    assert!(matches!(
-        refusal(&dangling, &[]),
-        WriteError::NotADirectory { .. }
-    ));
-    assert!(matches!(
-        refusal(&dangling.join("out"), &[]),
-        WriteError::NotADirectory { .. }
-    ));
+    assert!(matches!(refusal(&dangling, &[]), WriteError::NotADirectory { .. }));
+    assert!(matches!(refusal(&dangling.join("out"), &[]), WriteError::NotADirectory { .. }));
     let looped = root.path().join("loop");
     symlink(&looped, &looped).unwrap();
     assert_eq!(refusal(&looped, &[]).exit_class(), ExitClass::BadInput);
@@ -149,22 +99,12 @@ fn b29_a_link_to_nothing_or_to_itself_is_refused() {
 fn b29_a_sibling_of_a_single_file_input_works() {
     let root = temporary();
     let input = model(root.path(), "in").join("model.safetensors");
-    let claimed =
-        OutputDir::claim(&root.path().join("in/merged"), std::slice::from_ref(&input)).unwrap();
+    let claimed = OutputDir::claim(&root.path().join("in/merged"), std::slice::from_ref(&input)).unwrap();
     drop(claimed);
     assert_eq!(names(&root.path().join("in")), ["model.safetensors"]);
     // The file itself is no directory to write to.
     let error = refusal(&input, std::slice::from_ref(&input));
-    assert!(
-        matches!(
-            error,
-            WriteError::OverInput {
-                relation: OverInput::Equal,
-                ..
-            }
-        ),
-        "{error}"
-    );
+    assert!(matches!(error, WriteError::OverInput { relation: OverInput::Equal, .. }), "{error}");
 }
 
 #[test]
@@ -174,12 +114,7 @@ fn b29_a_non_empty_directory_is_refused_and_said_to_hold_what() {
         fs::write(root.path().join(name), b"").unwrap();
     }
     let error = refusal(root.path(), &[]);
-    assert!(
-        error
-            .to_string()
-            .contains("it holds `a`, `b`, `c\\n`, `d` and 2 more (expected"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("it holds `a`, `b`, `c\\n`, `d` and 2 more (expected"), "{error}");
     assert_eq!(error.exit_class().code(), 2);
     assert_eq!(names(root.path()).len(), 6);
 }
@@ -189,23 +124,10 @@ fn b29_a_file_or_a_place_below_a_file_is_refused() {
     let root = temporary();
     let file = root.path().join("file");
     fs::write(&file, b"x").unwrap();
-    assert!(
-        refusal(&file, &[])
-            .to_string()
-            .contains("is a regular file")
-    );
-    assert_eq!(
-        refusal(&file.join("out"), &[]).exit_class(),
-        ExitClass::BadInput
-    );
-    assert_eq!(
-        refusal(Path::new(""), &[]).exit_class(),
-        ExitClass::BadInput
-    );
-    assert_eq!(
-        refusal(&root.path().join("absent/../out"), &[]).exit_class(),
-        ExitClass::BadInput
-    );
+    assert!(refusal(&file, &[]).to_string().contains("is a regular file"));
+    assert_eq!(refusal(&file.join("out"), &[]).exit_class(), ExitClass::BadInput);
+    assert_eq!(refusal(Path::new(""), &[]).exit_class(), ExitClass::BadInput);
+    assert_eq!(refusal(&root.path().join("absent/../out"), &[]).exit_class(), ExitClass::BadInput);
 }
 
 #[test]
@@ -227,10 +149,7 @@ fn b29_a_read_only_directory_is_bad_input() {
     fs::create_dir(&closed).unwrap();
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o555)).unwrap();
     for path in [closed.clone(), closed.join("out")] {
-        assert_eq!(
-            OutputDir::claim(&path, &[]).unwrap_err().exit_class(),
-            ExitClass::BadInput
-        );
+        assert_eq!(OutputDir::claim(&path, &[]).unwrap_err().exit_class(), ExitClass::BadInput);
     }
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o755)).unwrap();
 }
@@ -311,24 +230,13 @@ fn leftovers_of_a_dead_run_are_removed_and_nothing_else() {
     let claimed = OutputDir::claim(root.path(), &[]).unwrap();
     assert_eq!(names(root.path()), [LOCK_NAME]);
     drop(claimed);
-    assert!(
-        names(root.path()).is_empty(),
-        "the directory was not ours to remove"
-    );
+    assert!(names(root.path()).is_empty(), "the directory was not ours to remove");
 
     // Died between two renames: final names are the user's to remove.
-    fs::write(
-        root.path()
-            .join(".mats-stream-model-00002-of-00002.safetensors.partial"),
-        b"old",
-    )
-    .unwrap();
+    fs::write(root.path().join(".mats-stream-model-00002-of-00002.safetensors.partial"), b"old").unwrap();
     fs::write(root.path().join("model-00001-of-00002.safetensors"), b"new").unwrap();
     let error = refusal(root.path(), &[]);
-    assert!(
-        error.to_string().contains("left by a run that died"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("left by a run that died"), "{error}");
     assert_eq!(names(root.path()).len(), 2);
 }
 
@@ -361,10 +269,7 @@ fn drop_removes_only_what_it_made_and_only_if_empty() {
 fn a_relative_path_survives_in_messages_only() {
     let claimed = OutputDir::claim(Path::new("target/mats-stream-relative-test"), &[]).unwrap();
     assert!(claimed.path().is_absolute());
-    assert_eq!(
-        claimed.shown(),
-        Path::new("target/mats-stream-relative-test")
-    );
+    assert_eq!(claimed.shown(), Path::new("target/mats-stream-relative-test"));
 }
 
 #[test]
@@ -374,14 +279,9 @@ fn publish_keeps_the_directory_and_unlocks_it() {
     let claimed = OutputDir::claim(&out, &[]).unwrap();
     let inner = OutputDir::claim(&out.join("ridge=0.1"), &[]).unwrap();
     drop(inner);
-    claimed
-        .publish(SideFile::new("sweep.json", "{}\n"))
-        .unwrap();
+    claimed.publish(SideFile::new("sweep.json", "{}\n")).unwrap();
     assert_eq!(names(&out), ["sweep.json"]);
     let other = OutputDir::claim(&root.path().join("other"), &[]).unwrap();
-    assert!(matches!(
-        other.publish(SideFile::new("../x", "")),
-        Err(WriteError::BadSideName { .. })
-    ));
+    assert!(matches!(other.publish(SideFile::new("../x", "")), Err(WriteError::BadSideName { .. })));
     assert_eq!(names(root.path()), ["sweep"]);
 }

@@ -9,12 +9,7 @@ use super::*;
 use crate::plan::shards::TensorSpec;
 
 fn spec(name: &str, bytes: usize) -> TensorSpec {
-    TensorSpec {
-        name: name.into(),
-        dtype: "U8".into(),
-        shape: vec![bytes],
-        bytes: bytes as u64,
-    }
+    TensorSpec { name: name.into(), dtype: "U8".into(), shape: vec![bytes], bytes: bytes as u64 }
 }
 
 /// Three tensors of 5, 0 and 8 bytes, in two shards.
@@ -28,10 +23,8 @@ fn open(root: &TempDir, layout: &Arc<OutputLayout>) -> CheckpointWriter {
 }
 
 fn names(directory: &Path) -> Vec<String> {
-    let mut names: Vec<String> = fs::read_dir(directory)
-        .unwrap()
-        .map(|e| e.unwrap().file_name().into_string().unwrap())
-        .collect();
+    let mut names: Vec<String> =
+        fs::read_dir(directory).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }
@@ -49,15 +42,8 @@ fn what_was_written_reads_back_and_nothing_else_remains() {
     writer.write_at(2, 0, b"1234").unwrap();
     assert_eq!(writer.bytes_written(), 13);
     let out = root.path().join("out");
-    assert!(
-        names(&out)
-            .iter()
-            .all(|name| name.starts_with(".mats-stream-")),
-        "no final name yet"
-    );
-    let written = writer
-        .finish(vec![SideFile::new("config.json", "{}")], record())
-        .unwrap();
+    assert!(names(&out).iter().all(|name| name.starts_with(".mats-stream-")), "no final name yet");
+    let written = writer.finish(vec![SideFile::new("config.json", "{}")], record()).unwrap();
     assert_eq!(
         names(&out),
         [
@@ -86,30 +72,20 @@ fn what_was_written_reads_back_and_nothing_else_remains() {
         }
     }
     assert_eq!(total, written.bytes);
-    let index: serde_json::Value =
-        serde_json::from_slice(&fs::read(out.join(INDEX_NAME)).unwrap()).unwrap();
+    let index: serde_json::Value = serde_json::from_slice(&fs::read(out.join(INDEX_NAME)).unwrap()).unwrap();
     assert_eq!(index["metadata"]["total_size"], 13);
     assert_eq!(index["weight_map"]["b"], "model-00002-of-00002.safetensors");
     // A finished directory is not written over.
-    assert!(matches!(
-        OutputDir::claim(&out, &[]),
-        Err(WriteError::NotEmpty { .. })
-    ));
+    assert!(matches!(OutputDir::claim(&out, &[]), Err(WriteError::NotEmpty { .. })));
 }
 
 #[test]
 fn a_single_shard_has_no_index() {
     let root = tempfile::tempdir().unwrap();
-    let writer = open(
-        &root,
-        &Arc::new(OutputLayout::new(vec![spec("a", 1)], u64::MAX).unwrap()),
-    );
+    let writer = open(&root, &Arc::new(OutputLayout::new(vec![spec("a", 1)], u64::MAX).unwrap()));
     writer.write_at(0, 0, b"x").unwrap();
     writer.finish(Vec::new(), record()).unwrap();
-    assert_eq!(
-        names(&root.path().join("out")),
-        ["merge_report.json", "model.safetensors"]
-    );
+    assert_eq!(names(&root.path().join("out")), ["merge_report.json", "model.safetensors"]);
 }
 
 #[test]
@@ -123,10 +99,7 @@ fn f12_modes_follow_the_umask() {
     fs::write(root.path().join("plain"), b"").unwrap();
     let mode = |path: PathBuf| fs::metadata(path).unwrap().permissions().mode();
     for name in names(&root.path().join("out")) {
-        assert_eq!(
-            mode(root.path().join("out").join(name)),
-            mode(root.path().join("plain"))
-        );
+        assert_eq!(mode(root.path().join("out").join(name)), mode(root.path().join("plain")));
     }
 }
 
@@ -149,12 +122,7 @@ fn an_incomplete_tensor_is_named_and_nothing_published() {
     writer.write_at(2, 0, b"123").unwrap(); // written twice, counted once
     writer.write_at(2, 5, b"678").unwrap();
     let error = writer.finish(Vec::new(), record()).unwrap_err();
-    assert!(
-        error
-            .to_string()
-            .contains("tensor `a` has 0 of 5 bytes (1 more tensors"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("tensor `a` has 0 of 5 bytes (1 more tensors"), "{error}");
     assert!(names(root.path()).is_empty());
 }
 
@@ -163,9 +131,7 @@ fn writes_outside_a_tensor_are_refused() {
     let root = tempfile::tempdir().unwrap();
     let writer = open(&root, &two_shards());
     for (tensor, offset, bytes) in [(0, 1, 5), (0, 6, 0), (0, u64::MAX, 1), (1, 0, 1), (3, 0, 0)] {
-        let error = writer
-            .write_at(tensor, offset, &vec![1; bytes])
-            .unwrap_err();
+        let error = writer.write_at(tensor, offset, &vec![1; bytes]).unwrap_err();
         assert!(matches!(error, WriteError::OutOfRange { .. }), "{error}");
     }
     writer.write_at(1, 0, b"").unwrap();
@@ -180,14 +146,9 @@ fn a_name_taken_midway_takes_back_what_was_renamed() {
     writer.write_at(2, 0, b"12345678").unwrap();
     let taken = root.path().join("out/model-00002-of-00002.safetensors");
     fs::write(&taken, b"somebody else's").unwrap();
-    let error = writer
-        .finish(vec![SideFile::new("config.json", "{}")], record())
-        .unwrap_err();
+    let error = writer.finish(vec![SideFile::new("config.json", "{}")], record()).unwrap_err();
     assert!(matches!(error, WriteError::NameTaken { .. }), "{error}");
-    assert_eq!(
-        names(&root.path().join("out")),
-        ["model-00002-of-00002.safetensors"]
-    );
+    assert_eq!(names(&root.path().join("out")), ["model-00002-of-00002.safetensors"]);
     assert_eq!(fs::read(&taken).unwrap(), b"somebody else's");
 }
 
@@ -213,10 +174,7 @@ fn f03_too_little_space_is_seen_before_anything_is_made() {
     let dir = OutputDir::claim(&root.path().join("out"), &[]).unwrap();
     let error = CheckpointWriter::create(dir, layout).unwrap_err();
     assert_eq!(error.exit_class(), ExitClass::NoSpace);
-    assert!(
-        error.to_string().contains("no space: need 1.0 EiB, have "),
-        "{error}"
-    );
+    assert!(error.to_string().contains("no space: need 1.0 EiB, have "), "{error}");
     assert!(names(root.path()).is_empty());
 }
 
@@ -224,8 +182,7 @@ fn f03_too_little_space_is_seen_before_anything_is_made() {
 fn more_shards_than_open_files() {
     let root = tempfile::tempdir().unwrap();
     let count = 3 * MAX_OPEN;
-    let layout =
-        OutputLayout::new((0..count).map(|i| spec(&format!("t{i}"), 4)).collect(), 4).unwrap();
+    let layout = OutputLayout::new((0..count).map(|i| spec(&format!("t{i}"), 4)).collect(), 4).unwrap();
     let writer = open(&root, &Arc::new(layout));
     std::thread::scope(|scope| {
         for thread in 0..4 {
@@ -244,11 +201,7 @@ fn more_shards_than_open_files() {
     for (i, file) in written.files.iter().enumerate() {
         let bytes = fs::read(root.path().join("out").join(&file.name)).unwrap();
         assert_eq!(
-            SafeTensors::deserialize(&bytes)
-                .unwrap()
-                .tensor(&format!("t{i}"))
-                .unwrap()
-                .data(),
+            SafeTensors::deserialize(&bytes).unwrap().tensor(&format!("t{i}")).unwrap().data(),
             [i as u8; 4]
         );
     }
@@ -261,15 +214,9 @@ fn a_replaced_temporary_file_is_noticed() {
     lock(&writer.open).clear();
     let temporary = writer.shards[0].temporary.clone();
     fs::rename(&temporary, temporary.with_extension("moved")).unwrap();
-    assert!(matches!(
-        writer.write_at(0, 0, b"x"),
-        Err(WriteError::TemporaryReplaced { .. })
-    ));
+    assert!(matches!(writer.write_at(0, 0, b"x"), Err(WriteError::TemporaryReplaced { .. })));
     fs::write(&temporary, b"other").unwrap();
-    assert!(matches!(
-        writer.write_at(0, 0, b"x"),
-        Err(WriteError::TemporaryReplaced { .. })
-    ));
+    assert!(matches!(writer.write_at(0, 0, b"x"), Err(WriteError::TemporaryReplaced { .. })));
 }
 
 #[test]
@@ -278,9 +225,7 @@ fn a_failed_fsync_is_never_asked_again() {
     let writer = open(&root, &two_shards());
     writer.write_at(0, 0, b"abcde").unwrap();
     writer.write_at(2, 0, b"12345678").unwrap();
-    writer.shards[1]
-        .durable
-        .store(SYNC_FAILED, Ordering::Release);
+    writer.shards[1].durable.store(SYNC_FAILED, Ordering::Release);
     writer.write_at(2, 0, b"12345678").unwrap(); // writing again does not heal it
     assert!(matches!(writer.sync(), Err(WriteError::NotDurable { .. })));
     let error = writer.finish(Vec::new(), record()).unwrap_err();
@@ -306,26 +251,18 @@ fn sync_before_finish_is_done_once_and_noticed_by_later_writes() {
 fn write_back_past_its_threshold_keeps_the_bytes() {
     let root = tempfile::tempdir().unwrap();
     let bytes = WRITE_BACK_BYTES as usize + 12_345;
-    let writer = open(
-        &root,
-        &Arc::new(OutputLayout::new(vec![spec("a", bytes)], u64::MAX).unwrap()),
-    );
+    let writer = open(&root, &Arc::new(OutputLayout::new(vec![spec("a", bytes)], u64::MAX).unwrap()));
     let block: Vec<u8> = (0..4 << 20).map(|i: u32| (i % 251) as u8).collect();
     for start in (0..bytes).step_by(block.len()) {
         let end = bytes.min(start + block.len());
-        writer
-            .write_at(0, start as u64, &block[..end - start])
-            .unwrap();
+        writer.write_at(0, start as u64, &block[..end - start]).unwrap();
     }
     assert!(writer.shards[0].dirty.load(Ordering::Relaxed) < WRITE_BACK_BYTES);
     let written = writer.finish(Vec::new(), record()).unwrap();
     let file = fs::read(root.path().join("out").join(&written.files[0].name)).unwrap();
     let parsed = SafeTensors::deserialize(&file).unwrap();
     let data = parsed.tensor("a").unwrap().data();
-    assert!(
-        data.chunks(block.len())
-            .all(|chunk| *chunk == block[..chunk.len()])
-    );
+    assert!(data.chunks(block.len()).all(|chunk| *chunk == block[..chunk.len()]));
 }
 
 #[test]

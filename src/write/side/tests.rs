@@ -28,37 +28,21 @@ fn takes_over_what_is_there_and_follows_links() {
 fn a_huge_or_changing_file_is_refused() {
     let root = tempfile::tempdir().unwrap();
     let from = root.path().join("tokenizer.json");
-    File::create(&from)
-        .unwrap()
-        .set_len(MAX_COPY_BYTES + 1)
-        .unwrap(); // sparse
+    File::create(&from).unwrap().set_len(MAX_COPY_BYTES + 1).unwrap(); // sparse
     let error = copy_side_files(root.path()).unwrap_err();
     assert!(error.to_string().contains("at most 256.0 MiB"), "{error}");
     for (bytes, got) in [(3, 4), (9, 5)] {
         fs::write(&from, b"12345").unwrap();
-        let file = SideFile {
-            name: "t".into(),
-            content: SideContent::Copy {
-                from: from.clone(),
-                bytes,
-            },
-        };
+        let file = SideFile { name: "t".into(), content: SideContent::Copy { from: from.clone(), bytes } };
         let error = stage(root.path(), &file).unwrap_err();
-        assert!(
-            matches!(error, WriteError::SideFileChanged { got: g, .. } if g == got),
-            "{error}"
-        );
-        assert!(
-            !root.path().join(temporary_name("t")).exists(),
-            "nothing is left"
-        );
+        assert!(matches!(error, WriteError::SideFileChanged { got: g, .. } if g == got), "{error}");
+        assert!(!root.path().join(temporary_name("t")).exists(), "nothing is left");
     }
 }
 
 #[test]
 fn a_config_is_changed_only_where_untrue() {
-    let config =
-        json!({ "z": 1, "torch_dtype": "float32", "a": { "torch_dtype": "float32" }, "d_ff": 2 });
+    let config = json!({ "z": 1, "torch_dtype": "float32", "a": { "torch_dtype": "float32" }, "d_ff": 2 });
     assert_eq!(patch_config(&config, Some("float32"), None), None);
     assert_eq!(patch_config(&config, None, None), None);
     let patched = patch_config(&config, Some("bfloat16"), None).unwrap();
@@ -70,20 +54,9 @@ fn a_config_is_changed_only_where_untrue() {
     let tied = patch_config(&config, None, Some(false)).unwrap();
     assert_eq!(tied["tie_word_embeddings"], false);
     assert_eq!(patch_config(&tied, None, Some(false)), None);
-    assert_eq!(
-        patch_config(&json!([1]), Some("float16"), Some(true)),
-        None,
-        "not a config"
-    );
-    assert_eq!(
-        patch_config(&json!({ "x": 1 }), Some("float16"), None),
-        None,
-        "says nothing, stays so"
-    );
-    assert_eq!(
-        patch_config(&json!({ "torch_dtype": "auto" }), Some("float16"), None),
-        None
-    );
+    assert_eq!(patch_config(&json!([1]), Some("float16"), Some(true)), None, "not a config");
+    assert_eq!(patch_config(&json!({ "x": 1 }), Some("float16"), None), None, "says nothing, stays so");
+    assert_eq!(patch_config(&json!({ "torch_dtype": "auto" }), Some("float16"), None), None);
 }
 
 #[test]
@@ -107,21 +80,8 @@ fn nested_configs_are_patched_but_not_quantization() {
 
 #[test]
 fn names_must_be_plain() {
-    for name in [
-        "",
-        ".",
-        "..",
-        "a/b",
-        "../x",
-        "a\\b",
-        "a\0",
-        ".hidden",
-        "/etc/passwd",
-    ] {
-        assert!(
-            matches!(check_name(name), Err(WriteError::BadSideName { .. })),
-            "{name:?}"
-        );
+    for name in ["", ".", "..", "a/b", "../x", "a\\b", "a\0", ".hidden", "/etc/passwd"] {
+        assert!(matches!(check_name(name), Err(WriteError::BadSideName { .. })), "{name:?}");
     }
     assert!(check_name("README.md").is_ok());
 }

@@ -3,7 +3,9 @@
 use serde_json::json;
 
 use super::{LINEAR, good_weight, refuse_file, refuse_model_b, with_good_model};
-use crate::util::{Random, Scratch, Tensor, error_line, raw_safetensors, safetensors, safetensors_aligned, sparse};
+use crate::util::{
+    Random, Scratch, Tensor, error_line, raw_safetensors, safetensors, safetensors_aligned, sparse,
+};
 
 /// A header of these entries over `data` bytes of zeros.
 fn file(header: &str, data: usize) -> Vec<u8> {
@@ -54,8 +56,14 @@ fn b03_header_is_no_json() {
 fn b04_nested_json_does_not_overflow_the_stack() {
     let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
     refuse_file(&file(&deep, 0), &[]);
-    refuse_file(&file(&format!(r#"{{"w":{{"dtype":"F32","shape":{deep},"data_offsets":[0,48]}}}}"#), 48), &[]);
-    refuse_file(&file(&format!(r#"{{"w":{{"dtype":"F32","shape":[3,4],"data_offsets":[0,48],"x":{deep}}}}}"#), 48), &[]);
+    refuse_file(
+        &file(&format!(r#"{{"w":{{"dtype":"F32","shape":{deep},"data_offsets":[0,48]}}}}"#), 48),
+        &[],
+    );
+    refuse_file(
+        &file(&format!(r#"{{"w":{{"dtype":"F32","shape":[3,4],"data_offsets":[0,48],"x":{deep}}}}}"#), 48),
+        &[],
+    );
 }
 
 /// A header of `count` empty tensors.
@@ -147,9 +155,16 @@ fn b11_misaligned_header_works() {
     for dtype in ["F64", "F32", "BF16"] {
         let scratch = Scratch::new();
         let mut random = Random::new(11);
-        let tensors: Vec<Tensor> =
-            [("w", &[3, 4][..]), ("x", &[5]), ("y", &[2, 3, 7])].map(|(n, s)| Tensor::random(n, dtype, s, &mut random)).into();
-        scratch.model("a", &tensors.iter().map(|t| Tensor::random(&t.name, dtype, &t.shape, &mut random)).collect::<Vec<_>>());
+        let tensors: Vec<Tensor> = [("w", &[3, 4][..]), ("x", &[5]), ("y", &[2, 3, 7])]
+            .map(|(n, s)| Tensor::random(n, dtype, s, &mut random))
+            .into();
+        scratch.model(
+            "a",
+            &tensors
+                .iter()
+                .map(|t| Tensor::random(&t.name, dtype, &t.shape, &mut random))
+                .collect::<Vec<_>>(),
+        );
         scratch.write("b/model.safetensors", safetensors(&tensors, &[]));
         let aligned = scratch.merge(LINEAR, "aligned", &[]);
         for misalignment in [1, 3, 6] {
@@ -180,7 +195,13 @@ fn b12_empty_tensors_and_scalars_pass() {
     for (out, config) in [
         ("linear", LINEAR.to_owned()),
         ("wudi", format!("{}base_model: base\n", LINEAR.replace("linear", "wudi"))),
-        ("task", format!("{}base_model: base\nparameters: {{ normalize: true }}\n", LINEAR.replace("linear", "task_arithmetic"))),
+        (
+            "task",
+            format!(
+                "{}base_model: base\nparameters: {{ normalize: true }}\n",
+                LINEAR.replace("linear", "task_arithmetic")
+            ),
+        ),
     ] {
         let merged = scratch.merge(&config, out, &[]);
         assert_eq!(merged.tensor("empty").shape, [0, 7]);
@@ -196,7 +217,16 @@ fn b12_empty_tensors_and_scalars_pass() {
 fn b13_names_are_opaque() {
     let scratch = Scratch::new();
     let long = "n".repeat(64 * 1024);
-    let names = ["../../../escape", "/etc/escape", "line\nbreak", "nul\0", "quote\"`", "", "ünïcode/\u{202e}x", &long];
+    let names = [
+        "../../../escape",
+        "/etc/escape",
+        "line\nbreak",
+        "nul\0",
+        "quote\"`",
+        "",
+        "ünïcode/\u{202e}x",
+        &long,
+    ];
     let model = |seed| {
         let mut random = Random::new(seed);
         names.map(|name| Tensor::random(name, "F32", &[2, 2], &mut random))
@@ -249,7 +279,9 @@ fn b19_tensors_that_are_missing() {
     scratch.model("base", &[good_weight(3), head.clone()]);
     scratch.model("small", &[good_weight(3)]);
     scratch.refuse_unread(&format!("{LINEAR}base_model: base\n"), &["b", "head.weight"]);
-    for (out, config) in [("no_base", LINEAR.to_owned()), ("small_base", format!("{LINEAR}base_model: small\n"))] {
+    for (out, config) in
+        [("no_base", LINEAR.to_owned()), ("small_base", format!("{LINEAR}base_model: small\n"))]
+    {
         let output = scratch.try_merge(&config, out, &[]);
         assert_eq!(output.code, 0, "{}", output.stderr);
         assert!(output.stderr.contains("head.weight"), "no warning: {}", output.stderr);
@@ -264,7 +296,9 @@ fn b19_float_dtypes_may_differ() {
     let scratch = Scratch::new();
     let values = [0.5, -1.25, 3.0, 0.0625];
     let doubled: Vec<f64> = values.iter().map(|v| 2.0 * v).collect();
-    for (name, dtype, values) in [("a", "BF16", &values[..]), ("b", "F32", &doubled), ("c", "F16", &values), ("d", "F64", &doubled)] {
+    for (name, dtype, values) in
+        [("a", "BF16", &values[..]), ("b", "F32", &doubled), ("c", "F16", &values), ("d", "F64", &doubled)]
+    {
         scratch.model(name, &[Tensor::new("w", dtype, &[2, 2], values)]);
     }
     let config = "merge_method: linear\nmodels: [{ model: a }, { model: b }, { model: c }, { model: d }]\n";

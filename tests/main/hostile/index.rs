@@ -26,10 +26,21 @@ fn refuse_index(index: &str, words: &[&str]) {
 #[test]
 fn b14_weight_map_paths() {
     let good = safetensors(&[good_weight(2)], &[]);
-    for value in
-        ["../outside.safetensors", "/etc/passwd", "a/../s.safetensors", "sub/s.safetensors", "./s.safetensors", "C:\\x", "..\\s",
-         "", ".", "..", "s.safetensors/", "s.safetensors\u{0}", "\n"]
-    {
+    for value in [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "a/../s.safetensors",
+        "sub/s.safetensors",
+        "./s.safetensors",
+        "C:\\x",
+        "..\\s",
+        "",
+        ".",
+        "..",
+        "s.safetensors/",
+        "s.safetensors\u{0}",
+        "\n",
+    ] {
         let scratch = with_index(&json!({ "weight_map": { "w": value } }).to_string());
         // Each of them leads to a good shard, were it followed.
         scratch.write("outside.safetensors", &good);
@@ -52,7 +63,10 @@ fn b15_malformed_index() {
     refuse_index(r#"{"weight_map":{}}"#, &["weight_map"]);
     refuse_index(r#"{"weight_map":["w"]}"#, &[]);
     refuse_index(r#"{"weight_map":{"w":"s.safetensors","w":"s.safetensors"}}"#, &["`w`"]);
-    refuse_index(r#"{"weight_map":{"w":"s.safetensors"},"weight_map":{"w":"s.safetensors"}}"#, &["weight_map"]);
+    refuse_index(
+        r#"{"weight_map":{"w":"s.safetensors"},"weight_map":{"w":"s.safetensors"}}"#,
+        &["weight_map"],
+    );
     for value in ["1", "null", "[\"s.safetensors\"]", "{}"] {
         refuse_index(&format!(r#"{{"weight_map":{{"w":{value}}}}}"#), &["`w`"]);
     }
@@ -133,12 +147,16 @@ fn b17_other_inputs_are_no_regular_files() {
         fifo(&path);
     };
     replace("stats.safetensors");
-    let regmean = "merge_method: regmean\nmodels:\n  - model: a\n    statistics: stats.safetensors\n  - model: b\n";
+    let regmean =
+        "merge_method: regmean\nmodels:\n  - model: a\n    statistics: stats.safetensors\n  - model: b\n";
     scratch.refuse(regmean, &["stats.safetensors"]);
     replace("b/config.json");
     scratch.refuse(LINEAR, &["b/config.json"]);
     replace("fifo.safetensors");
-    scratch.refuse("merge_method: linear\nmodels:\n  - model: a\n  - model: fifo.safetensors\n", &["fifo.safetensors"]);
+    scratch.refuse(
+        "merge_method: linear\nmodels:\n  - model: a\n  - model: fifo.safetensors\n",
+        &["fifo.safetensors"],
+    );
     replace("config.yml");
     let output = scratch.run(&["merge", "config.yml", "--out", "out"]);
     assert_eq!(output.code, 2, "{}", output.stderr);

@@ -108,14 +108,16 @@ fn b29_read_only_place() {
 #[test]
 fn b29_unusual_names_work() {
     let scratch = ready();
-    for out in ["with space", "ünïcode-出力", "deep/er/still", "-dash", "line\nbreak", "trailing/", "empty"] {
+    for out in ["with space", "ünïcode-出力", "deep/er/still", "-dash", "line\nbreak", "trailing/", "empty"]
+    {
         fs::create_dir_all(scratch.join("empty")).expect("create a directory");
         let output = scratch.run(&["merge", "c.yml", &format!("--out={out}"), "--progress", "none"]);
         assert_eq!(output.code, 0, "{out}: {}", output.stderr);
         let merged = scratch.merged(out);
         assert_eq!(merged.tensors["w"].shape, [3, 4]);
         // Readable by whom the umask allows: safetensors' own writer would leave 0600.
-        let mode = fs::metadata(merged.directory.join("model.safetensors")).expect("there").permissions().mode();
+        let mode =
+            fs::metadata(merged.directory.join("model.safetensors")).expect("there").permissions().mode();
         assert_eq!(mode & 0o400, 0o400);
         let plain = fs::metadata(scratch.write("probe", "")).expect("there").permissions().mode();
         assert_eq!(mode, plain, "file modes follow the umask");
@@ -126,10 +128,17 @@ fn b29_unusual_names_work() {
 fn b29_a_failed_run_leaves_the_directory_as_it_was() {
     let scratch = ready();
     fs::create_dir(scratch.join("mine")).expect("create a directory");
-    scratch.write("b/model.safetensors", crate::util::safetensors(&[good_weight(2).with_value(4, f64::NAN)], &[]));
+    scratch.write(
+        "b/model.safetensors",
+        crate::util::safetensors(&[good_weight(2).with_value(4, f64::NAN)], &[]),
+    );
     let output = scratch.run(&["merge", "c.yml", "--out", "mine", "--progress", "none"]);
     assert_eq!(output.code, 2, "{}", output.stderr);
-    assert_eq!(fs::read_dir(scratch.join("mine")).expect("still there").count(), 0, "an empty directory of the user's stays");
+    assert_eq!(
+        fs::read_dir(scratch.join("mine")).expect("still there").count(),
+        0,
+        "an empty directory of the user's stays"
+    );
     let output = scratch.run(&["merge", "c.yml", "--out", "new/er", "--progress", "none"]);
     assert_eq!(output.code, 2, "{}", output.stderr);
     assert!(!scratch.join("new").exists(), "directories that were made for the run go with it");

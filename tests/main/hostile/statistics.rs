@@ -60,7 +60,8 @@ fn b22_zero_fisher_leaves_the_initial_guess() {
     let merged = scratch.merge(&format!("{}base_model: base\ninitial: base\n", config(FISHER_CG)), "cg", &[]);
     assert_eq!(merged.values("w"), base);
     let direct = FISHER_CG.replace("method: cg", "method: direct");
-    let merged = scratch.merge(&format!("{}base_model: base\ninitial: base\n", config(&direct)), "direct", &[]);
+    let merged =
+        scratch.merge(&format!("{}base_model: base\ninitial: base\n", config(&direct)), "direct", &[]);
     assert_eq!(merged.values("w"), base);
     // The closed form's floor of 1e-8 gives every model the same say: the mean, exact for 20-bit values.
     let merged = scratch.merge(&format!("{}base_model: base\ninitial: base\n", config(FISHER)), "floor", &[]);
@@ -93,9 +94,12 @@ fn b22_huge_and_denormal_fisher_stays_finite() {
     let huge = [1e38; OUT * IN];
     let tiny = [1e-42; OUT * IN];
     let mixed: Vec<f64> = (0..OUT * IN).map(|k| if k % 2 == 0 { 1e38 } else { 1e-42 }).collect();
-    for (name, a, b) in
-        [("huge", &huge[..], &huge[..]), ("tiny", &tiny, &tiny), ("apart", &huge, &tiny), ("mixed", &mixed, &huge)]
-    {
+    for (name, a, b) in [
+        ("huge", &huge[..], &huge[..]),
+        ("tiny", &tiny, &tiny),
+        ("apart", &huge, &tiny),
+        ("mixed", &mixed, &huge),
+    ] {
         let scratch = pair(fisher(a), fisher(b));
         for (solver, head) in [("closed", FISHER), ("cg", FISHER_CG)] {
             let merged = scratch.merge(&config(head), solver, &[]);
@@ -117,7 +121,10 @@ fn b22_huge_and_denormal_grams_stay_finite() {
     // Products of two Grams would leave f32 at either end.
     for scale in [1e20, 1e-20] {
         let scaled = |random: &mut Random| {
-            kfac_with(&gram(IN, 16, random).scaled(scale).stored(), &gram(OUT, 12, random).scaled(scale).stored())
+            kfac_with(
+                &gram(IN, 16, random).scaled(scale).stored(),
+                &gram(OUT, 12, random).scaled(scale).stored(),
+            )
         };
         let scratch = pair(scaled(&mut random), scaled(&mut random));
         for (out, head) in [("cg", KFAC_CG), ("direct", KFAC_DIRECT), ("gram", "merge_method: regmean")] {
@@ -182,8 +189,14 @@ fn b23_gram_of_the_wrong_side() {
         (kfac_with(&a, &five), "w/output_gram"),
         // Swapped: out ≠ in tells.
         (kfac_with(&g, &a), "w/input_gram"),
-        (Statistics::new().packed("w/input_gram", 5, &five.data).full("w/output_gram", OUT, &g.data), "w/input_gram"),
-        (Statistics::new().factor("w/input_factor", 5, &[0.5; 10]).full("w/output_gram", OUT, &g.data), "w/input_factor"),
+        (
+            Statistics::new().packed("w/input_gram", 5, &five.data).full("w/output_gram", OUT, &g.data),
+            "w/input_gram",
+        ),
+        (
+            Statistics::new().factor("w/input_factor", 5, &[0.5; 10]).full("w/output_gram", OUT, &g.data),
+            "w/input_factor",
+        ),
     ] {
         let scratch = pair(kfac(&mut random), statistics);
         scratch.refuse_unread(&config(KFAC_CG), &["b.safetensors", key, "`w`"]);
@@ -207,7 +220,11 @@ fn b23_malformed_statistics_files() {
     };
     // No format, another one.
     refuse(std::slice::from_ref(&full), &[], &["mats-stream-statistics/1"]);
-    refuse(std::slice::from_ref(&full), &[("format", "mats-stream-statistics/2")], &["mats-stream-statistics/2"]);
+    refuse(
+        std::slice::from_ref(&full),
+        &[("format", "mats-stream-statistics/2")],
+        &["mats-stream-statistics/2"],
+    );
     // Keys that are none, with the nearest kind named.
     refuse(&[tensor("w", &[IN, IN], &a.data)], &format, &["`w`"]);
     refuse(&[tensor("w/input_grams", &[IN, IN], &a.data)], &format, &["input_grams", "input_gram"]);
@@ -312,12 +329,16 @@ fn b23_rank_deficient_factors_work_when_rounded() {
             ("kfac_cg", KFAC_CG),
             ("kfac_direct", KFAC_DIRECT),
         ] {
-            let merged = scratch.merge(&format!("{}base_model: base\ninitial: base\n", config(head)), out, &[]);
+            let merged =
+                scratch.merge(&format!("{}base_model: base\ninitial: base\n", config(head)), out, &[]);
             let data = merged.values("w").iter().zip(base.values()).map(|(v, s)| v - s).collect();
             let leak = Matrix::new(OUT, SIDE, data).times(&outside(&plane)).norm();
             // The models themselves are this far from the base, in all directions: a result that leaves the base by
             // more in directions that no model has data for is noise.
-            assert!(leak <= farthest, "{out}, seed {seed}: {leak} in the null space, the models are {farthest} away");
+            assert!(
+                leak <= farthest,
+                "{out}, seed {seed}: {leak} in the null space, the models are {farthest} away"
+            );
         }
     }
 }
@@ -357,16 +378,29 @@ fn b24_statistics_of_another_model() {
             .diagonal("model.w", &[OUT, IN], &[1.0; OUT * IN])
     };
     let scratch = pair(foreign(&mut random), foreign(&mut random));
-    for (out, head) in [("fisher", FISHER), ("regmean", "merge_method: regmean"), ("kfac", KFAC_CG), ("auto", "merge_method: mats")] {
+    for (out, head) in [
+        ("fisher", FISHER),
+        ("regmean", "merge_method: regmean"),
+        ("kfac", KFAC_CG),
+        ("auto", "merge_method: mats"),
+    ] {
         let merged = scratch.merge(&config(head), out, &[]);
         assert_eq!(merged.values("w"), mean(), "{out}: unmatched is averaged, exactly here");
         assert_eq!(merged.parameter("w")["method"], "average", "{out}: {}", merged.parameter("w"));
-        assert!(merged.report.to_string().contains("has no"), "{out}: no reason in the report: {}", merged.report);
+        assert!(
+            merged.report.to_string().contains("has no"),
+            "{out}: no reason in the report: {}",
+            merged.report
+        );
         let plan = scratch.plan(&config(head), &[]).to_string();
         assert!(plan.contains("has no"), "{out}: no reason in the plan: {plan}");
         scratch.refuse_unread(&format!("{}unmatched: error\n", config(head)), &["`w`", "unmatched"]);
         let base = format!("{}unmatched: base\nbase_model: base\n", config(head));
-        assert_eq!(scratch.merge(&base, &format!("{out}_base"), &[]).values("w"), good_weight(3).values(), "{out}");
+        assert_eq!(
+            scratch.merge(&base, &format!("{out}_base"), &[]).values("w"),
+            good_weight(3).values(),
+            "{out}"
+        );
     }
 }
 
@@ -379,10 +413,14 @@ fn b24_statistics_missing_for_one_layer_of_one_model() {
     scratch.model("b", &[good_weight(2), second(12)]);
     let key = |name: &str| format!("{name}/input_gram");
     let mut grams = || gram(IN, 16, &mut random).data;
-    Statistics::new().full(&key("w"), IN, &grams()).full(&key("v"), IN, &grams()).write(&scratch, "a.safetensors");
+    Statistics::new()
+        .full(&key("w"), IN, &grams())
+        .full(&key("v"), IN, &grams())
+        .write(&scratch, "a.safetensors");
     Statistics::new().full(&key("w"), IN, &grams()).write(&scratch, "b.safetensors");
     let merged = scratch.merge(&config("merge_method: regmean"), "out", &[]);
-    let mean: Vec<f64> = second(11).values().iter().zip(second(12).values()).map(|(a, b)| (a + b) / 2.0).collect();
+    let mean: Vec<f64> =
+        second(11).values().iter().zip(second(12).values()).map(|(a, b)| (a + b) / 2.0).collect();
     assert_eq!(merged.values("v"), mean);
     assert_eq!(merged.parameter("v")["method"], "average");
     assert_eq!(merged.parameter("w")["subspace"], "gram");

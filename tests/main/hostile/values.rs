@@ -170,8 +170,12 @@ fn b26_negative_weights() {
     // Elementwise methods take any sign: 2a - b.
     let linear = "merge_method: linear\nmodels:\n  - model: a\n    parameters: { weight: 2 }\n  - model: b\n    parameters: { weight: -1 }\n";
     let merged = scratch.merge(linear, "out", &[]);
-    let expected: Vec<f64> =
-        good_weight(1).values().iter().zip(good_weight(2).values()).map(|(a, b)| f64::from((2.0 * a - b) as f32)).collect();
+    let expected: Vec<f64> = good_weight(1)
+        .values()
+        .iter()
+        .zip(good_weight(2).values())
+        .map(|(a, b)| f64::from((2.0 * a - b) as f32))
+        .collect();
     // 20-bit inputs: 2a - b needs 22 bits and is exact in f32.
     assert_eq!(merged.values("w"), expected);
 }
@@ -186,10 +190,16 @@ fn b26_weights_that_sum_to_zero() {
     };
     scratch.refuse_unread(&linear("1", "-1"), &["weight"]);
     scratch.refuse_unread(&linear("0", "0"), &["weight"]);
-    scratch.refuse_unread(&format!("merge_method: fisher\nparameters: {{ weight: 0 }}\n{models}"), &["weight"]);
+    scratch
+        .refuse_unread(&format!("merge_method: fisher\nparameters: {{ weight: 0 }}\n{models}"), &["weight"]);
     // Not divided: any sum will do.
-    let merged = scratch.merge(&format!("{}parameters: {{ normalize: false }}\n", linear("1", "-1")), "difference", &[]);
-    let expected: Vec<f64> = good_weight(1).values().iter().zip(good_weight(2).values()).map(|(a, b)| a - b).collect();
+    let merged = scratch.merge(
+        &format!("{}parameters: {{ normalize: false }}\n", linear("1", "-1")),
+        "difference",
+        &[],
+    );
+    let expected: Vec<f64> =
+        good_weight(1).values().iter().zip(good_weight(2).values()).map(|(a, b)| a - b).collect();
     assert_eq!(merged.values("w"), expected);
 }
 
@@ -201,13 +211,23 @@ fn b26_weight_zero_drops_the_model() {
     let config = format!("merge_method: fisher\ninitial: zero\n{}", weighted(&models, "0"));
     let merged = scratch.merge(&config, "out", &[]);
     // Fa·a/Fa in f64, rounded once.
-    crate::algebra::assert_near(&merged.values("w"), &good_weight(1).values(), 2f64.powi(-23), "the other model alone");
+    crate::algebra::assert_near(
+        &merged.values("w"),
+        &good_weight(1).values(),
+        2f64.powi(-23),
+        "the other model alone",
+    );
 }
 
 #[test]
 fn b26_no_models() {
     let scratch = with_good_model();
-    for config in ["merge_method: linear\nmodels: []\n", "merge_method: linear\n", "merge_method: linear\nmodels:\n", "models:\n  - model: a\n"] {
+    for config in [
+        "merge_method: linear\nmodels: []\n",
+        "merge_method: linear\n",
+        "merge_method: linear\nmodels:\n",
+        "models:\n  - model: a\n",
+    ] {
         scratch.refuse_unread(config, &[".yml"]);
     }
 }
@@ -219,10 +239,14 @@ fn b26_the_same_model_twice_is_that_model() {
         // Every mantissa bit in use, from the smallest normal numbers to the largest that can be added.
         let mut random = Random::new(27);
         let values: Vec<f64> = (0..4096)
-            .map(|k| (1.0 + random.uniform() / 3.0) * 2f64.powi(if dtype == "F16" { k % 28 - 14 } else { k % 250 - 125 }))
+            .map(|k| {
+                (1.0 + random.uniform() / 3.0)
+                    * 2f64.powi(if dtype == "F16" { k % 28 - 14 } else { k % 250 - 125 })
+            })
             .collect();
         scratch.model("a", &[Tensor::new("w", dtype, &[64, 64], &values)]);
-        let merged = scratch.merge("merge_method: linear\nmodels: [{ model: a }, { model: a }]\n", "out", &[]);
+        let merged =
+            scratch.merge("merge_method: linear\nmodels: [{ model: a }, { model: a }]\n", "out", &[]);
         let stored = crate::util::read_safetensors(&scratch.join("a/model.safetensors"));
         assert_eq!(merged.tensor("w"), &stored[0], "{dtype}");
     }

@@ -1,8 +1,8 @@
 //! Every method on little models, against the equations of the contract in f64.
 
 use super::{
-    DIRECT, EMBEDDING, FLOATS, HALF_ULP, NORM, Term, WEIGHTS, World, conjugate_gradients, find, gram_solution,
-    kfac_solution, kfac_system,
+    DIRECT, EMBEDDING, FLOATS, HALF_ULP, NORM, Term, WEIGHTS, World, conjugate_gradients, find,
+    gram_solution, kfac_solution, kfac_system,
 };
 use crate::algebra::{Matrix, assert_near};
 
@@ -15,8 +15,9 @@ fn linear_is_the_weighted_mean() {
     for name in FLOATS {
         let values = world.values(name);
         let sum: f64 = weights.iter().sum();
-        let expected: Vec<f64> =
-            (0..values[0].len()).map(|i| (0..3).map(|k| weights[k] * values[k][i]).sum::<f64>() / sum).collect();
+        let expected: Vec<f64> = (0..values[0].len())
+            .map(|i| (0..3).map(|k| weights[k] * values[k][i]).sum::<f64>() / sum)
+            .collect();
         // f32 throughout: a product and a sum for each model, then a quotient; each rounds terms of at most
         // Σ|wᵢxᵢ|/Σwᵢ ≤ max|x|, here at most 1.2 times the largest result.
         assert_near(&merged.values(name), &expected, 1.2 * 8.0 * HALF_ULP, name);
@@ -38,7 +39,9 @@ fn linear_without_normalisation_sums() {
 fn gradients_and_filters_set_weights_by_tensor() {
     let world = World::new(2, 3);
     let config = |weight: &str| {
-        format!("merge_method: linear\nmodels:\n  - model: m0\n    parameters: {{ weight: 1 }}\n  - model: m1\n    parameters:\n      weight: {weight}\n")
+        format!(
+            "merge_method: linear\nmodels:\n  - model: m0\n    parameters: {{ weight: 1 }}\n  - model: m1\n    parameters:\n      weight: {weight}\n"
+        )
     };
     let merged = world.scratch.merge(&config("[0.0, 1.0]"), "gradient", &[]);
     // Layer 0 of 2 has the first weight, layer 1 the last; what is outside the layers counts as the first.
@@ -53,14 +56,20 @@ fn gradients_and_filters_set_weights_by_tensor() {
 #[test]
 fn task_arithmetic_adds_scaled_task_vectors() {
     let world = World::new(3, 4);
-    for (out, parameters, scale) in
-        [("plain", "{ weight: 0.3 }", 0.3), ("lambda", "{ weight: 0.5, lambda: 0.25 }", 0.125), ("negative", "{ weight: -1 }", -1.0)]
-    {
-        let merged = world.merge(&format!("merge_method: task_arithmetic\nbase_model: base\nparameters: {parameters}"), out);
+    for (out, parameters, scale) in [
+        ("plain", "{ weight: 0.3 }", 0.3),
+        ("lambda", "{ weight: 0.5, lambda: 0.25 }", 0.125),
+        ("negative", "{ weight: -1 }", -1.0),
+    ] {
+        let merged = world.merge(
+            &format!("merge_method: task_arithmetic\nbase_model: base\nparameters: {parameters}"),
+            out,
+        );
         for name in FLOATS {
             let (values, base) = (world.values(name), find(&world.base, name).values());
-            let expected: Vec<f64> =
-                (0..base.len()).map(|i| base[i] + scale * values.iter().map(|v| v[i] - base[i]).sum::<f64>()).collect();
+            let expected: Vec<f64> = (0..base.len())
+                .map(|i| base[i] + scale * values.iter().map(|v| v[i] - base[i]).sum::<f64>())
+                .collect();
             // f32: differences, products and sums of at most 3/8 each, one sum with the base: nine roundings of values
             // no larger than the result's largest.
             assert_near(&merged.values(name), &expected, 9.0 * HALF_ULP, name);
@@ -77,7 +86,8 @@ fn fisher_weighs_each_element() {
         let fisher = |k: usize, i: usize| world.fisher[k][place][i].max(1e-8);
         let expected: Vec<f64> = (0..values[0].len())
             .map(|i| {
-                (0..3).map(|k| fisher(k, i) * values[k][i]).sum::<f64>() / (0..3).map(|k| fisher(k, i)).sum::<f64>()
+                (0..3).map(|k| fisher(k, i) * values[k][i]).sum::<f64>()
+                    / (0..3).map(|k| fisher(k, i)).sum::<f64>()
             })
             .collect();
         assert_near(&merged.values(name), &expected, DIRECT, name);
@@ -94,7 +104,9 @@ fn fisher_floor_lets_every_model_speak() {
     let name = NORM;
     // Far below the floor of 1e-8 both models have the same say, however different their Fisher.
     for (k, f) in [1e-12, 1e-20].into_iter().enumerate() {
-        crate::util::Statistics::new().diagonal(name, &[7], &[f; 7]).write(&world.scratch, &format!("m{k}.safetensors"));
+        crate::util::Statistics::new()
+            .diagonal(name, &[7], &[f; 7])
+            .write(&world.scratch, &format!("m{k}.safetensors"));
     }
     let merged = world.merge("merge_method: fisher", "floor");
     assert_near(&merged.values(name), &world.mean(name), DIRECT, "floor");
@@ -125,7 +137,11 @@ fn regmean_solves_the_normal_equations() {
             let expected = gram_solution(&terms, &world.mean_weight(w), ridge);
             assert_near(&merged.values(name), &expected.data, DIRECT, &format!("{out} {name}"));
             let record = merged.parameter(name);
-            assert_eq!((&record["subspace"], &record["converged"]), (&"gram".into(), &true.into()), "{record}");
+            assert_eq!(
+                (&record["subspace"], &record["converged"]),
+                (&"gram".into(), &true.into()),
+                "{record}"
+            );
         }
         // A vector has no input side.
         assert_eq!(merged.parameter(NORM)["method"], "average");
@@ -149,8 +165,18 @@ fn wudi_and_actmat_solve_with_task_vectors() {
     for (out, head, normalised, ridge) in [
         ("wudi", "merge_method: wudi\nbase_model: base", true, 0.3),
         ("actmat", "merge_method: actmat\nbase_model: base", false, 0.3),
-        ("ridge", "merge_method: wudi\nbase_model: base\nsolver: { method: direct, ridge: 0.05 }", true, 0.05),
-        ("mats", "merge_method: mats\nsubspace: delta_gram\nbase_model: base\nsolver: { method: direct, ridge: 0.3 }", true, 0.3),
+        (
+            "ridge",
+            "merge_method: wudi\nbase_model: base\nsolver: { method: direct, ridge: 0.05 }",
+            true,
+            0.05,
+        ),
+        (
+            "mats",
+            "merge_method: mats\nsubspace: delta_gram\nbase_model: base\nsolver: { method: direct, ridge: 0.3 }",
+            true,
+            0.3,
+        ),
     ] {
         let merged = world.merge(head, out);
         for (w, (name, _, _)) in WEIGHTS.iter().enumerate() {
@@ -192,7 +218,11 @@ fn two_model_kfac_direct_is_exact() {
             let expected = kfac_solution(&world.terms(w, &[1.0, 1.0]), &world.mean_weight(w), ridge);
             assert_near(&merged.values(name), &expected, DIRECT, &format!("{out} {name}"));
             let record = merged.parameter(name);
-            assert_eq!((&record["subspace"], &record["converged"]), (&"kfac".into(), &true.into()), "{record}");
+            assert_eq!(
+                (&record["subspace"], &record["converged"]),
+                (&"kfac".into(), &true.into()),
+                "{record}"
+            );
         }
     }
 }
@@ -200,7 +230,10 @@ fn two_model_kfac_direct_is_exact() {
 #[test]
 fn one_model_kfac_is_that_model() {
     let world = World::new(1, 11);
-    let merged = world.merge("merge_method: mats\nsubspace: kfac\nbase_model: base\ninitial: base\nsolver: { method: direct }", "out");
+    let merged = world.merge(
+        "merge_method: mats\nsubspace: kfac\nbase_model: base\ninitial: base\nsolver: { method: direct }",
+        "out",
+    );
     for (w, (name, _, _)) in WEIGHTS.iter().enumerate() {
         assert_near(&merged.values(name), &world.weight(0, w).data, DIRECT, name);
     }
@@ -226,8 +259,16 @@ fn kfac_cg_reaches_its_tolerance() {
     for (out, head, tolerance) in [
         ("default", "merge_method: mats\nsubspace: kfac\nsolver: { method: cg }", 1e-5),
         ("auto", "merge_method: mats\nsubspace: kfac", 1e-5),
-        ("loose", "merge_method: mats\nsubspace: kfac\nsolver: { method: cg, tolerance: 1.0e-2 }\ninitial: zero", 1e-2),
-        ("scaled", "merge_method: mats\nsubspace: kfac\nsolver: { method: cg }\nparameters: { off_diagonal: 0.9 }", 1e-5),
+        (
+            "loose",
+            "merge_method: mats\nsubspace: kfac\nsolver: { method: cg, tolerance: 1.0e-2 }\ninitial: zero",
+            1e-2,
+        ),
+        (
+            "scaled",
+            "merge_method: mats\nsubspace: kfac\nsolver: { method: cg }\nparameters: { off_diagonal: 0.9 }",
+            1e-5,
+        ),
     ] {
         let merged = world.merge(head, out);
         for (w, (name, rows, columns)) in WEIGHTS.into_iter().enumerate() {
@@ -235,7 +276,11 @@ fn kfac_cg_reaches_its_tolerance() {
             let terms: Vec<Term> = world
                 .terms(w, &[1.0, 1.0, 1.0])
                 .into_iter()
-                .map(|t| Term { input: t.input.off_diagonal(lambda), output: t.output.off_diagonal(lambda), ..t })
+                .map(|t| Term {
+                    input: t.input.off_diagonal(lambda),
+                    output: t.output.off_diagonal(lambda),
+                    ..t
+                })
                 .collect();
             let theta = Matrix::new(rows, columns, merged.values(name));
             let record = merged.parameter(name);
@@ -244,14 +289,24 @@ fn kfac_cg_reaches_its_tolerance() {
             assert!((1.0..=100.0).contains(&steps), "{record}");
             let (residual, rhs) = kfac_residual(&terms, &theta);
             let slack = drift(&terms, &theta, steps);
-            assert!(residual <= tolerance * rhs + slack, "{out} {name}: {residual:e} of {rhs:e}, slack {slack:e}");
+            assert!(
+                residual <= tolerance * rhs + slack,
+                "{out} {name}: {residual:e} of {rhs:e}, slack {slack:e}"
+            );
             // The report's own figure is the true residual, recomputed in f32.
             let reported = record["final_relative_residual"].as_f64().expect("a number");
-            assert!((reported * rhs - residual).abs() <= slack, "{out} {name}: reported {reported:e}, is {:e}", residual / rhs);
+            assert!(
+                (reported * rhs - residual).abs() <= slack,
+                "{out} {name}: reported {reported:e}, is {:e}",
+                residual / rhs
+            );
             let before = record["initial_relative_residual"].as_f64().expect("a number");
             let start = if out == "loose" { Matrix::zeros(rows, columns) } else { world.mean_weight(w) };
             let (initial, _) = kfac_residual(&terms, &start);
-            assert!((before * rhs - initial).abs() <= drift(&terms, &world.mean_weight(w), 1.0), "{out} {name}: {record}");
+            assert!(
+                (before * rhs - initial).abs() <= drift(&terms, &world.mean_weight(w), 1.0),
+                "{out} {name}: {record}"
+            );
             let (old, new) = (record["objective_initial"].as_f64(), record["objective_final"].as_f64());
             assert!(new.expect("a number") < old.expect("a number"), "{out} {name}: {record}");
         }
@@ -262,7 +317,9 @@ fn kfac_cg_reaches_its_tolerance() {
 fn cg_takes_the_papers_steps() {
     let world = World::new(3, 13);
     for steps in [1, 2, 3] {
-        let head = format!("merge_method: mats\nsubspace: kfac\ninitial: zero\nsolver: {{ method: cg, max_iterations: {steps}, tolerance: 0 }}");
+        let head = format!(
+            "merge_method: mats\nsubspace: kfac\ninitial: zero\nsolver: {{ method: cg, max_iterations: {steps}, tolerance: 0 }}"
+        );
         let merged = world.merge(&head, &format!("steps{steps}"));
         for (w, (name, rows, columns)) in WEIGHTS.into_iter().enumerate() {
             let (k, b) = kfac_system(&world.terms(w, &[1.0, 1.0, 1.0]));
@@ -292,7 +349,10 @@ fn cg_ridge_pulls_towards_the_initial_guess() {
 #[test]
 fn gram_cg_agrees_with_the_direct_solve() {
     let world = World::new(3, 15);
-    let merged = world.merge("merge_method: mats\nsubspace: gram\nsolver: { method: cg, tolerance: 1.0e-6, max_iterations: 200 }", "cg");
+    let merged = world.merge(
+        "merge_method: mats\nsubspace: gram\nsolver: { method: cg, tolerance: 1.0e-6, max_iterations: 200 }",
+        "cg",
+    );
     for (w, (name, _, _)) in WEIGHTS.iter().enumerate() {
         let expected = gram_solution(&world.terms(w, &[1.0; 3]), &world.mean_weight(w), 0.0);
         // As above; the condition of a sum of three such Grams is below 50.
@@ -312,7 +372,12 @@ fn pcg_agrees_with_the_ridged_system() {
         for (w, (name, _, _)) in WEIGHTS.iter().enumerate() {
             let expected = kfac_solution(&world.terms(w, &[1.0; 3]), &world.mean_weight(w), 1.0);
             // To the end: what is left is f32's rounding times a condition below 1 + 42.
-            assert_near(&merged.values(name), &expected, 43.0 * 10.0 * HALF_ULP, &format!("{preconditioner} {name}"));
+            assert_near(
+                &merged.values(name),
+                &expected,
+                43.0 * 10.0 * HALF_ULP,
+                &format!("{preconditioner} {name}"),
+            );
         }
     }
 }
@@ -342,7 +407,8 @@ fn fisher_block_couples_a_vectors_entries() {
         terms.push(Term { weight: 1.0, input: block, output: Matrix::zeros(0, 0), theta });
     }
     let start = Matrix::new(1, 7, world.mean(NORM));
-    let merged = world.merge("merge_method: mats\nsubspace: fisher_block\nsolver: { method: direct }", "direct");
+    let merged =
+        world.merge("merge_method: mats\nsubspace: fisher_block\nsolver: { method: direct }", "direct");
     assert_near(&merged.values(NORM), &gram_solution(&terms, &start, 0.0).data, DIRECT, "direct");
     let merged = world.merge("merge_method: mats", "auto");
     assert_eq!(merged.parameter(NORM)["subspace"], "fisher_block");
@@ -356,7 +422,9 @@ fn unmatched_parameters() {
     let base = world.merge("merge_method: regmean\nunmatched: base\nbase_model: base", "base_kept");
     assert_eq!(base.tensor(EMBEDDING), find(&world.base, EMBEDDING));
     assert_eq!(base.values(WEIGHTS[0].0), average.values(WEIGHTS[0].0));
-    world.scratch.refuse_unread(&world.config("merge_method: regmean\nunmatched: error"), &[EMBEDDING, "unmatched"]);
+    world
+        .scratch
+        .refuse_unread(&world.config("merge_method: regmean\nunmatched: error"), &[EMBEDDING, "unmatched"]);
 }
 
 #[test]

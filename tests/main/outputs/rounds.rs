@@ -6,7 +6,8 @@ use crate::algebra::{Matrix, assert_near};
 /// θ₀ + 0.3·Σ τᵢ.
 fn task_arithmetic(world: &World, weight: usize) -> Matrix {
     let base = world.base_weight(weight);
-    (0..world.models.len()).fold(base.clone(), |sum, k| sum.plus(0.3, &world.weight(k, weight).plus(-1.0, &base)))
+    (0..world.models.len())
+        .fold(base.clone(), |sum, k| sum.plus(0.3, &world.weight(k, weight).plus(-1.0, &base)))
 }
 
 /// The solution of `wudi`, from which `mats` starts where there is a base.
@@ -44,7 +45,8 @@ fn rounds_chain() {
     for (w, (name, _, _)) in WEIGHTS.iter().enumerate() {
         let middle = gram_solution(&world.terms(w, &[1.0; 3]), &task_arithmetic(&world, w), 0.0);
         assert_near(&merged.values(name), &two_steps(&world, w, &middle), CG, name);
-        let rounds = merged.parameter(name)["rounds"].as_array().expect("earlier rounds are reported").clone();
+        let rounds =
+            merged.parameter(name)["rounds"].as_array().expect("earlier rounds are reported").clone();
         assert!(rounds.iter().any(|r| r["subspace"] == "gram"), "{rounds:?}");
     }
 }
@@ -57,10 +59,13 @@ fn outer_weights_stand_back_where_the_nested_round_sets_its_own() {
             "{TWO_STEPS}initial: {{ merge_method: linear{nested} }}\nmodels:\n  - model: m0\n    statistics: m0.safetensors\n  - model: m1\n    statistics: m1.safetensors\n    parameters: {{ weight: 3.0 }}\n"
         )
     };
-    for (out, nested, weights) in [("inherited", "", [0.25, 0.75]), ("own", ", parameters: { weight: 1.0 }", [0.5, 0.5])] {
+    for (out, nested, weights) in
+        [("inherited", "", [0.25, 0.75]), ("own", ", parameters: { weight: 1.0 }", [0.5, 0.5])]
+    {
         let merged = world.scratch.merge(&config(nested), out, &[]);
         for (w, (name, rows, columns)) in WEIGHTS.into_iter().enumerate() {
-            let start = (0..2).fold(Matrix::zeros(rows, columns), |sum, k| sum.plus(weights[k], &world.weight(k, w)));
+            let start =
+                (0..2).fold(Matrix::zeros(rows, columns), |sum, k| sum.plus(weights[k], &world.weight(k, w)));
             let (k, b) = kfac_system(&world.terms(w, &[1.0, 3.0]));
             let expected = conjugate_gradients(&k, &b, &start.data, 2);
             assert_near(&merged.values(name), &expected, CG, &format!("{out} {name}"));

@@ -1,0 +1,305 @@
+//! How fast the operators apply, against the machine's f32 peak measured in the same run.
+//!
+//! `cargo bench --bench operator_apply`. Criterion's `Gelem/s` are GFLOP/s here. After its output, one line a case:
+//! best rate, peak, their ratio; and the fixed grid of `kernel::gemm` against the same products uncut. Factors come
+//! from statistics files as in a merge: packed bf16, `held` widened in memory or `streamed`, decoded at every use.
+
+// The table at the end is what the program is for.
+#![allow(clippy::print_stdout)]
+
+#[path = "support/peak.rs"]
+mod peak;
+#[path = "support/random.rs"]
+mod random;
+
+use std::cell::RefCell;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkId, Criterion, Throughput};
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use half::bf16;
+use mats_stream::kernel::{Buffer, Threading, gemm, mat, mat_mut};
+use mats_stream::operator::{
+    BlockShape, Factor, GramSum, GramTerm, KroneckerSum, KroneckerTerm, LinearOperator, LowRank, MemoryRows,
+    Panels, Symmetric, Workspace,
+};
+use mats_stream::read::IoMode;
+use mats_stream::statistics::factor::GramRows;
+use mats_stream::statistics::{Kind, ModelStatistics};
+use random::Random;
+use rayon::prelude::*;
+use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
+
+/// `[out, in]` of the blocks: a small model's, a LLaMA-like MLP's, and two of a larger one.
+const SHAPES: [(usize, usize); 4] = [(384, 384), (1024, 2816), (2048, 2048), (1024, 4096)];
+const MODELS: [usize; 2] = [4, 8];
+
+/// Best rate of every case, for the lines at the end.
+#[derive(Default)]
+struct Rates(RefCell<Vec<(String, f64)>>);
+
+impl Rates {
+    /// Times `op` and keeps the best of what criterion asks for.
+    fn time(&self, id: &str, flops: f64, iterations: u64, mut op: impl FnMut()) -> Duration {
+        let started = Instant::now();
+        for _ in 0..iterations {
+            op();
+        }
+        let elapsed = started.elapsed();
+        let rate = flops * iterations as f64 / elapsed.as_secs_f64();
+        let mut rates = self.0.borrow_mut();
+        match rates.iter_mut().find(|(name, _)| name == id) {
+            Some((_, best)) => *best = best.max(rate),
+            None => rates.push((id.to_owned(), rate)),
+        }
+        elapsed
+    }
+
+    fn get(&self, id: &str) -> Option<f64> {
+        self.0.borrow().iter().find(|(name, _)| name == id).map(|(_, rate)| *rate)
+    }
+}
+
+/// A case of one group, timed through `rates`.
+fn case(criterion: &mut Criterion, rates: &Rates, group: &str, id: &str, flops: f64, mut op: impl FnMut()) {
+    let name = format!("{group}/{id}");
+    let mut group = criterion.benchmark_group(group);
+    group.sample_size(10).throughput(Throughput::Elements(flops as u64));
+    // A flat plan of samples: the large cases take a second an iteration.
+    group.sampling_mode(criterion::SamplingMode::Flat);
+    group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(2));
+    group.bench_function(BenchmarkId::from_parameter(id), |bencher| {
+        bencher.iter_custom(|iterations| rates.time(&name, flops, iterations, &mut op));
+    });
+    group.finish();
+}
+
+/// Packed bf16 of a diagonally dominant matrix: cheap to make, and the products' speed does not depend on the values.
+fn packed_gram(side: usize, seed: u64) -> Vec<u8> {
+    let mut random = Random::new(seed, side as u64);
+    let mut bytes = Vec::with_capacity(side * (side + 1));
+    for i in 0..side {
+        for j in 0..=i {
+            let v = random.uniform() as f32 - 0.5 + if i == j { side as f32 } else { 0.0 };
+            bytes.extend(bf16::from_f32(v).to_le_bytes());
+        }
+    }
+    bytes
+}
+
+/// One model's statistics of the parameter `w` `[m, n]`.
+fn statistics(directory: &Path, (m, n): (usize, usize), model: usize) -> Arc<ModelStatistics> {
+    let path = directory.join(format!("{m}x{n}-{model}.safetensors"));
+    let packed = |side: usize, seed: usize| (packed_gram(side, seed as u64), side * (side + 1) / 2);
+    let tensors = [("w/input_gram", packed(n, 2 * model)), ("w/output_gram", packed(m, 2 * model + 1))];
+    let views = tensors.iter().map(|(key, (bytes, elements))| {
+        (key.to_string(), TensorView::new(Dtype::BF16, vec![*elements], bytes).expect("two bytes an element"))
+    });
+    let metadata = [("format".to_owned(), "mats-stream-statistics/1".to_owned())].into();
+    serialize_to_file(views, Some(metadata), &path).expect("room in the temporary directory");
+    Arc::new(ModelStatistics::open(&[path], IoMode::Mmap).expect("written a moment ago"))
+}
+
+fn factor(statistics: &Arc<ModelStatistics>, kind: Kind, held: bool) -> Factor<f32> {
+    let statistic = statistics.get("w", kind).expect("written a moment ago");
+    let rows = GramRows::new(Arc::clone(statistics), statistic, 1.0).expect("a Gram in packed form");
+    let panels = match held {
+        true => Panels::held(&rows, Threading::Parallel).expect("a mapped file"),
+        false => Panels::streamed(Arc::new(rows)),
+    };
+    Factor::Symmetric(Symmetric::new(panels).expect("a Gram is square"))
+}
+
+fn low_rank(rank: usize, side: usize, seed: u64) -> Factor<f32> {
+    let values = Random::new(seed, rank as u64).normals(rank * side, 1.0 / (rank as f64).sqrt());
+    let mut diagonal = vec![0.0; side];
+    for row in values.chunks_exact(side) {
+        diagonal.iter_mut().zip(row).for_each(|(d, v)| *d += v * v);
+    }
+    let rows = MemoryRows::new(rank, side, values).expect("rank times side values");
+    let panels = Panels::held(&rows, Threading::Parallel).expect("memory is always there");
+    Factor::LowRank(LowRank::new(panels, 1.0, 1.0, diagonal.into()))
+}
+
+fn vector(shape: BlockShape, seed: u64) -> Buffer<f32> {
+    let mut random = Random::new(seed, 99);
+    let mut x = Buffer::zeroed(shape.elements());
+    x.iter_mut().for_each(|v| *v = random.uniform() as f32 - 0.5);
+    x
+}
+
+/// `apply` with all threads on one block.
+fn whole(
+    criterion: &mut Criterion,
+    rates: &Rates,
+    group: &str,
+    id: &str,
+    operator: &dyn LinearOperator<f32>,
+) {
+    let x = vector(operator.shape(), 7);
+    let mut y = Buffer::zeroed(operator.shape().elements());
+    let mut workspace = Workspace::new(operator.scratch_elements(), Threading::Parallel);
+    case(criterion, rates, group, id, operator.flops(), || {
+        operator.apply(&x, &mut y, &mut workspace).expect("shapes fit and the file is there");
+    });
+}
+
+/// `apply` with one block a thread: how the engine runs many small blocks.
+fn side_by_side(
+    criterion: &mut Criterion,
+    rates: &Rates,
+    group: &str,
+    id: &str,
+    operator: &dyn LinearOperator<f32>,
+) {
+    let threads = rayon::current_num_threads();
+    let x = vector(operator.shape(), 7);
+    let mut blocks: Vec<_> = (0..threads)
+        .map(|_| {
+            let workspace = Workspace::new(operator.scratch_elements(), Threading::Sequential);
+            (Buffer::zeroed(operator.shape().elements()), workspace)
+        })
+        .collect();
+    // Enough per task that starting it does not count.
+    let repeats = (2e9 / operator.flops()).ceil().max(1.0) as usize;
+    case(criterion, rates, group, id, operator.flops() * (threads * repeats) as f64, || {
+        blocks.par_iter_mut().with_max_len(1).for_each(|(y, workspace)| {
+            for _ in 0..repeats {
+                operator.apply(&x, y, workspace).expect("shapes fit and the file is there");
+            }
+        });
+    });
+}
+
+fn operators(criterion: &mut Criterion, rates: &Rates, directory: &Path) {
+    for (m, n) in SHAPES {
+        let shape = BlockShape::new(m, n);
+        let largest = MODELS.into_iter().max().unwrap_or(0);
+        let files: Vec<_> = (0..largest).map(|k| statistics(directory, (m, n), k)).collect();
+        for models in MODELS {
+            for (held, how) in [(true, "held"), (false, "streamed")] {
+                let terms = files[..models]
+                    .iter()
+                    .map(|file| KroneckerTerm {
+                        weight: 1.0 / models as f64,
+                        a: factor(file, Kind::InputGram, held),
+                        g: factor(file, Kind::OutputGram, held),
+                        diagonals: None,
+                    })
+                    .collect();
+                let operator = KroneckerSum::new(shape, terms).expect("factors of the block's sides");
+                let id = format!("{m}x{n}/models={models}/{how}");
+                whole(criterion, rates, "operator_apply/kronecker", &id, &operator);
+                if (m, n) == SHAPES[0] && held {
+                    let id = format!("{m}x{n}/models={models}/{how}-one-block-a-thread");
+                    side_by_side(criterion, rates, "operator_apply/kronecker", &id, &operator);
+                }
+            }
+        }
+        let terms = |held| -> Vec<GramTerm<f32>> {
+            files[..4]
+                .iter()
+                .map(|file| GramTerm { weight: 0.25, a: factor(file, Kind::InputGram, held), diagonal: None })
+                .collect()
+        };
+        for (held, how) in [(true, "held"), (false, "streamed")] {
+            let operator = GramSum::new(shape, terms(held)).expect("factors of the block's sides");
+            whole(criterion, rates, "operator_apply/gram", &format!("{m}x{n}/models=4/{how}"), &operator);
+        }
+        let mut formed = GramSum::new(shape, terms(false)).expect("factors of the block's sides");
+        let mut workspace = Workspace::new(formed.scratch_elements(), Threading::Parallel);
+        formed.form(&mut workspace).expect("a mapped file");
+        whole(criterion, rates, "operator_apply/gram", &format!("{m}x{n}/models=4/formed"), &formed);
+
+        let terms = (0..4u64)
+            .map(|k| KroneckerTerm {
+                weight: 0.25,
+                a: low_rank(n / 8, n, 2 * k),
+                g: low_rank(m / 8, m, 2 * k + 1),
+                diagonals: None,
+            })
+            .collect();
+        let operator = KroneckerSum::new(shape, terms).expect("factors of the block's sides");
+        let id = format!("{m}x{n}/models=4/rank=1:8");
+        whole(criterion, rates, "operator_apply/low_rank", &id, &operator);
+    }
+}
+
+/// `dst ← lhs·rhs` as one faer call a thread, each on its strip of rows: no tiles, no panels.
+fn uncut(dst: MatMut<'_, f32>, lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>, threads: usize) {
+    if threads <= 1 || dst.nrows() <= 1 {
+        matmul(dst, Accum::Replace, lhs, rhs, 1.0, Par::Seq);
+        return;
+    }
+    let cut = dst.nrows() * (threads / 2) / threads;
+    let (top, bottom) = dst.split_at_row_mut(cut);
+    let (lhs_top, lhs_bottom) = lhs.split_at_row(cut);
+    rayon::join(
+        || uncut(top, lhs_top, rhs, threads / 2),
+        || uncut(bottom, lhs_bottom, rhs, threads - threads / 2),
+    );
+}
+
+/// `(id, uncut id)` of every pair, for the ratios at the end.
+fn products(criterion: &mut Criterion, rates: &Rates) -> Vec<(String, String)> {
+    let mut pairs = Vec::new();
+    for (m, n, k) in [(384, 384, 384), (1024, 2816, 2816), (1024, 2816, 1024), (2048, 2048, 2048)] {
+        let a = vector(BlockShape::new(m, k), 1);
+        let b = vector(BlockShape::new(k, n), 2);
+        let mut c = Buffer::<f32>::zeroed(m * n);
+        let flops = 2.0 * (m * n) as f64 * k as f64;
+        for (threading, name, threads) in [
+            (Threading::Sequential, "threads=1", 1),
+            (Threading::Parallel, "threads=all", rayon::current_num_threads()),
+        ] {
+            let group = "gemm/f32";
+            let ids = [format!("{m}x{n}x{k}/{name}/grid"), format!("{m}x{n}x{k}/{name}/uncut")];
+            case(criterion, rates, group, &ids[0], flops, || {
+                gemm(mat_mut(&mut c, m, n), false, mat(&a, m, k), mat(&b, k, n), 1.0, threading);
+            });
+            case(criterion, rates, group, &ids[1], flops, || {
+                uncut(mat_mut(&mut c, m, n), mat(&a, m, k), mat(&b, k, n), threads);
+            });
+            pairs.push((format!("{group}/{}", ids[0]), format!("{group}/{}", ids[1])));
+        }
+    }
+    pairs
+}
+
+fn main() {
+    let mut criterion = Criterion::default().configure_from_args();
+    let rates = Rates::default();
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a writable target directory");
+    let threads = rayon::current_num_threads();
+    let mut name = "";
+    // At both ends of the run: a clock that falls in between would flatter neither.
+    let mut measure_peak = |criterion: &mut Criterion, id: &str| {
+        case(criterion, &rates, "fma_peak/f32", id, peak::flops(threads) as f64, || name = peak::run());
+    };
+    measure_peak(&mut criterion, "before");
+    let pairs = products(&mut criterion, &rates);
+    operators(&mut criterion, &rates, directory.path());
+    measure_peak(&mut criterion, "after");
+    criterion.final_summary();
+
+    let all = rates.0.borrow().clone();
+    let Some(peak) = all.iter().filter(|(id, _)| id.starts_with("fma_peak")).map(|r| r.1).reduce(f64::max)
+    else {
+        return;
+    };
+    println!("\nf32 peak: {:.0} GFLOP/s ({name}, {threads} threads, best run)", peak / 1e9);
+    println!("{:<70} {:>8} {:>7}", "case (best run)", "GFLOP/s", "of peak");
+    for (id, rate) in all.iter().filter(|(id, _)| !id.starts_with("fma_peak")) {
+        let of = if id.contains("threads=1/") { peak / threads as f64 } else { peak };
+        println!("{id:<70} {:>8.0} {:>6.0}%", rate / 1e9, 100.0 * rate / of);
+    }
+    println!("\n{:<70} {:>7}", "fixed grid against uncut faer products", "ratio");
+    for (grid, uncut) in pairs {
+        if let (Some(g), Some(u)) = (rates.get(&grid), rates.get(&uncut)) {
+            println!("{grid:<70} {:>7.2}", g / u);
+        }
+    }
+}
