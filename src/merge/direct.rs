@@ -49,11 +49,12 @@ impl DirectMemory {
         } else {
             square
         };
-        // S; x, right-hand side, displacement and one more for refinement; a streamed panel and its product.
+        // S; x, right-hand side, displacement and one more for refinement; a streamed panel, its transpose, its product.
         square
             + formed
             + 4 * t * n * 8
-            + panel * n * 8
+            + 2 * panel * n * 8
+            + 2 * 256 * n * 8
             + panel * panel.min(t) * 8
             + if self.eigen { Eigen::SQUARES as u64 * square } else { 0 }
     }
@@ -154,7 +155,7 @@ impl GramDirect {
             return Ok(direct);
         }
         let mut s = Buffer::<f64>::zeroed(columns * columns);
-        let mut scratch = Buffer::<f64>::zeroed(PANEL.min(columns.max(rows)) * columns);
+        let mut scratch = Buffer::<f64>::zeroed(2 * PANEL.min(columns.max(rows)) * columns);
         for k in 0..direct.terms.len() {
             let weight = direct.terms[k].weight;
             if direct.terms[k].forms {
@@ -252,7 +253,7 @@ impl GramDirect {
         }
         let mut rhs = Buffer::<f64>::zeroed(rows * n);
         let mut delta = Buffer::<f64>::zeroed(rows * n);
-        let scratch_len = PANEL.min(n.max(self.longest_rank())) * n;
+        let scratch_len = 2 * PANEL.min(n.max(self.longest_rank())) * n;
         let mut scratch = Buffer::<f64>::zeroed(scratch_len + PANEL * PANEL.min(rows));
         let mut extra = Buffer::<f64>::zeroed(rows * n);
         for term in 0..self.terms.len() {

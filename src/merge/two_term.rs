@@ -27,7 +27,7 @@ pub fn memory_bytes(shape: BlockShape) -> u64 {
     let vectors = 2 * (m * m + n * n);
     // x, r, d, p, q, z, and the scratch of operator and preconditioner.
     let blocks = 8 * m * n;
-    let panels = crate::kernel::PANEL as u64 * (m + 2 * n);
+    let panels = crate::kernel::PANEL as u64 * (2 * m + 2 * n);
     (building.max(blocks + panels) + vectors + 2 * m * n) * 8
 }
 

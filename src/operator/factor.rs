@@ -8,7 +8,9 @@ use faer::{MatMut, MatRef};
 use rayon::prelude::*;
 
 use super::OperatorError;
-use crate::kernel::{Buffer, PANEL, Real, Threading, gemm, gemm_lower, mat, mat_mut, panels, vector};
+use crate::kernel::{
+    Buffer, PANEL, Real, Threading, gemm, gemm_lower, mat, mat_mut, panels, transpose, vector,
+};
 
 /// Rows of a matrix that is somewhere else: in a statistics file, in memory, or a difference of two checkpoints.
 pub trait RowSource: Send + Sync {
@@ -144,7 +146,19 @@ impl<T: Real> Panels<T> {
     fn scratch_elements(&self) -> usize {
         match self.store {
             Store::Held(_) => 0,
-            Store::Streamed(_) => PANEL.min(self.rows) * self.columns,
+            Store::Streamed(_) => self.panel_elements(),
+        }
+    }
+
+    fn panel_elements(&self) -> usize {
+        PANEL.min(self.rows) * self.columns
+    }
+
+    /// All rows, where they are in memory.
+    fn in_memory(&self) -> Option<MatRef<'_, T>> {
+        match &self.store {
+            Store::Held(buffer) => Some(mat(buffer, self.rows, self.columns)),
+            Store::Streamed(_) => None,
         }
     }
 
@@ -163,6 +177,26 @@ impl<T: Real> Panels<T> {
                 Ok(out)
             }
         }
+    }
+
+    /// A panel `[p, columns]` and its transpose `[columns, p]`; `scratch` holds the copy and, where it is not held, the
+    /// panel itself: see [`Panels::pair_scratch`].
+    fn panel_pair<'s>(
+        &'s self,
+        range: Range<usize>,
+        scratch: &'s mut [T],
+        threading: Threading,
+    ) -> Result<(MatRef<'s, T>, MatRef<'s, T>), OperatorError> {
+        let rows = range.len();
+        let (copy, scratch) = scratch.split_at_mut(self.panel_elements());
+        let panel = self.panel(range, scratch, threading)?;
+        transpose(panel, rows, self.columns, copy, threading);
+        Ok((mat(panel, rows, self.columns), mat(copy, self.columns, rows)))
+    }
+
+    /// Scratch of [`Panels::panel_pair`].
+    fn pair_scratch(&self) -> usize {
+        self.panel_elements() + self.scratch_elements()
     }
 
     /// As [`Panels::panel`], as a `[range.len(), columns]` view.
@@ -248,7 +282,7 @@ impl<T: Real> Factor<T> {
     pub(crate) fn right_scratch(&self, rows: usize) -> usize {
         match self {
             Self::Symmetric(f) => f.panels.scratch_elements(),
-            Self::LowRank(f) => f.panels.scratch_elements() + rows * PANEL.min(f.panels.rows),
+            Self::LowRank(f) => f.panels.pair_scratch() + rows * PANEL.min(f.panels.rows),
         }
     }
 
@@ -275,11 +309,11 @@ impl<T: Real> Factor<T> {
                     y.rb_mut().fill(T::default());
                 }
                 let rows = x.nrows();
-                let (panel_scratch, u) = scratch.split_at_mut(f.panels.scratch_elements());
+                let (panel_scratch, u) = scratch.split_at_mut(f.panels.pair_scratch());
                 for k in panels(f.panels.rows) {
-                    let panel = f.panels.panel_view(k.clone(), panel_scratch, threading)?;
+                    let (panel, transposed) = f.panels.panel_pair(k.clone(), panel_scratch, threading)?;
                     let mut u = mat_mut(u, rows, k.len());
-                    gemm(u.rb_mut(), false, x, panel.transpose(), 1.0, threading);
+                    gemm(u.rb_mut(), false, x, transposed, 1.0, threading);
                     gemm(y.rb_mut(), true, u.as_ref(), panel, alpha * f.scale * f.off_diagonal, threading);
                 }
                 if f.off_diagonal < 1.0 {
@@ -298,8 +332,9 @@ impl<T: Real> Factor<T> {
     /// Scratch of [`Factor::left_accumulate`] for tiles of `columns` columns.
     pub(crate) fn left_scratch(&self, columns: usize) -> usize {
         match self {
-            Self::Symmetric(f) => f.panels.scratch_elements(),
-            Self::LowRank(f) => f.panels.scratch_elements() + f.panels.rows * columns,
+            Self::Symmetric(f) if f.panels.in_memory().is_some() => 0,
+            Self::Symmetric(f) => f.panels.pair_scratch(),
+            Self::LowRank(f) => f.panels.pair_scratch() + f.panels.rows * columns,
         }
     }
 
@@ -318,15 +353,18 @@ impl<T: Real> Factor<T> {
         let columns = tile.ncols();
         match self {
             Self::Symmetric(f) => {
-                // Rows of a symmetric matrix, seen transposed, are its columns.
-                let panel = f.panels.panel_view(rows, scratch, threading)?;
-                gemm(y, true, panel.transpose(), tile, alpha, threading);
+                // The columns of a symmetric matrix are its rows, transposed.
+                let columns = match f.panels.in_memory() {
+                    Some(whole) => whole.get(.., rows.start..rows.end),
+                    None => f.panels.panel_pair(rows, scratch, threading)?.1,
+                };
+                gemm(y, true, columns, tile, alpha, threading);
             }
             Self::LowRank(f) => {
-                let (panel_scratch, sums) = scratch.split_at_mut(f.panels.scratch_elements());
+                let (panel_scratch, sums) = scratch.split_at_mut(f.panels.pair_scratch());
                 let last = rows.end == f.panels.columns;
                 for k in panels(f.panels.rows) {
-                    let panel = f.panels.panel_view(k.clone(), panel_scratch, threading)?;
+                    let (panel, transposed) = f.panels.panel_pair(k.clone(), panel_scratch, threading)?;
                     let mut sum = mat_mut(&mut sums[k.start * columns..k.end * columns], k.len(), columns);
                     gemm(
                         sum.rb_mut(),
@@ -338,7 +376,7 @@ impl<T: Real> Factor<T> {
                     );
                     if last {
                         let scale = alpha * f.scale * f.off_diagonal;
-                        gemm(y.rb_mut(), true, panel.transpose(), sum.as_ref(), scale, threading);
+                        gemm(y.rb_mut(), true, transposed, sum.as_ref(), scale, threading);
                     }
                 }
                 if f.off_diagonal < 1.0 {
@@ -374,9 +412,9 @@ impl<T: Real> Factor<T> {
             }
             Self::LowRank(f) => {
                 for k in panels(f.panels.rows) {
-                    let panel = f.panels.panel_view(k.clone(), scratch, threading)?;
+                    let (panel, transposed) = f.panels.panel_pair(k.clone(), scratch, threading)?;
                     let alpha = weight * f.scale * f.off_diagonal;
-                    gemm_lower(mat_mut(s, side, side), true, panel.transpose(), panel, alpha, threading);
+                    gemm_lower(mat_mut(s, side, side), true, transposed, panel, alpha, threading);
                 }
                 if f.off_diagonal < 1.0 {
                     for (j, d) in f.diagonal.iter().enumerate() {
@@ -393,7 +431,7 @@ impl<T: Real> Factor<T> {
     pub(crate) fn add_scratch(&self) -> usize {
         match self {
             Self::Symmetric(f) => f.panels.scratch_elements(),
-            Self::LowRank(f) => f.panels.scratch_elements(),
+            Self::LowRank(f) => f.panels.pair_scratch(),
         }
     }
 }

@@ -146,11 +146,11 @@ fn stage_bytes(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, 
             let panel = PANEL.min(m.max(n)) as u64;
             let system = match system {
                 System::Identity | System::FisherDiagonal => 3 * shape.elements() as u64,
-                System::Gram(_) => (n * n) as u64 + panel * (n as u64) + panel * panel,
+                System::Gram(_) => (n * n) as u64 + 2 * panel * (n as u64) + panel * panel,
                 System::Kfac => {
                     let (m, n, models) = (m as u64, n as u64, solve.models.len() as u64);
                     let held_a = if memory.hold_a { models * n * n } else { panel * n };
-                    let held_g = if memory.hold_g { models * m * m } else { panel * m };
+                    let held_g = if memory.hold_g { models * m * m } else { 2 * panel * m };
                     PANEL.min(m as usize) as u64 * n
                         + held_a
                         + held_g
@@ -186,7 +186,7 @@ fn low_rank_scratch(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockSh
             if let Some(Form::Factor { rank, side }) = statistics.get(tensor, kind).map(|s| s.form) {
                 let (rank, side) = (rank as u64, side as u64);
                 let panel = PANEL as u64;
-                most = most.max(panel.min(rank) * side + panel * panel + rank * shape.in_features as u64);
+                most = most.max(2 * panel.min(rank) * side + panel * panel + rank * shape.in_features as u64);
             }
         }
     }

@@ -10,7 +10,7 @@ use faer::prelude::ReborrowMut;
 use faer::{Mat, MatMut, Par};
 use rayon::prelude::*;
 
-use crate::kernel::{Threading, gemm_lower, mat, mat_mut};
+use crate::kernel::{Buffer, Threading, gemm_lower, mat, mat_mut, transpose};
 
 /// Side of a diagonal block.
 const BLOCK: usize = 256;
@@ -37,6 +37,8 @@ pub fn factorise(s: &mut [f64], side: usize, threading: Threading) -> Result<(),
     if !(largest.is_finite() && largest > 0.0) {
         return Err(NotPositive { row: 0 });
     }
+    let mut compact = Buffer::<f64>::zeroed(BLOCK * side);
+    let mut transposed = Buffer::<f64>::zeroed(BLOCK * side);
     let mut rest = mat_mut(s, side, side);
     let mut row = 0;
     while row < side {
@@ -49,7 +51,14 @@ pub fn factorise(s: &mut [f64], side: usize, threading: Threading) -> Result<(),
             solve_lower_triangular_in_place(l11, chunk.transpose_mut(), Par::Seq);
         });
         let l21 = below.as_ref();
-        gemm_lower(trailing.rb_mut(), true, l21, l21.transpose(), -1.0, threading);
+        let rows = l21.nrows();
+        for (i, line) in compact.chunks_exact_mut(width).take(rows).enumerate() {
+            for (j, v) in line.iter_mut().enumerate() {
+                *v = l21[(i, j)];
+            }
+        }
+        transpose(&compact[..rows * width], rows, width, &mut transposed, threading);
+        gemm_lower(trailing.rb_mut(), true, l21, mat(&transposed, width, rows), -1.0, threading);
         rest = trailing;
         row += width;
     }

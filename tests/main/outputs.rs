@@ -58,7 +58,7 @@ impl World {
                 WEIGHTS.iter().map(|(_, side, _)| gram(*side, 5 * side, &mut random)).collect();
             let mut squares =
                 |len: usize| -> Vec<f64> { random.values(len).iter().map(|v| v * v + 1e-3).collect() };
-            let f = [squares(7), squares(35), squares(24)]
+            let f: [Vec<f64>; 3] = [squares(7), squares(35), squares(24)]
                 .map(|v| v.iter().map(|x| f64::from(*x as f32)).collect());
             let mut statistics = Statistics::new().diagonal(NORM, &[7], &f[0]);
             for (w, (name, out, side)) in WEIGHTS.iter().enumerate() {

@@ -196,10 +196,10 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            if let Some(directory) = self.directory.take() {
-                eprintln!("kept: {}\n{}", directory.keep().display(), self.log.borrow());
-            }
+        if std::thread::panicking()
+            && let Some(directory) = self.directory.take()
+        {
+            eprintln!("kept: {}\n{}", directory.keep().display(), self.log.borrow());
         }
     }
 }

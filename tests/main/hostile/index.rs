@@ -147,8 +147,7 @@ fn b17_other_inputs_are_no_regular_files() {
         fifo(&path);
     };
     replace("stats.safetensors");
-    let regmean =
-        "merge_method: regmean\nmodels:\n  - model: a\n    statistics: stats.safetensors\n  - model: b\n";
+    let regmean = "merge_method: regmean\nmodels:\n  - model: a\n    statistics: stats.safetensors\n  - model: b\n    statistics: stats.safetensors\n";
     scratch.refuse(regmean, &["stats.safetensors"]);
     replace("b/config.json");
     scratch.refuse(LINEAR, &["b/config.json"]);

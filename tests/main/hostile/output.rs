@@ -63,7 +63,7 @@ fn b29_output_over_an_input() {
     scratch.model("base", &[good_weight(3)]);
     scratch.write(
         "c.yml",
-        "merge_method: fisher\nbase_model: base\nmodels:\n  - model: a\n    statistics: stats/a.safetensors\n  - model: b\n",
+        "merge_method: fisher\nbase_model: base\nmodels:\n  - model: a\n    statistics: stats/a.safetensors\n  - model: b\n    statistics: stats/a.safetensors\n",
     );
     refuse_out(&scratch, "base/merged", &["base/merged"]);
     refuse_out(&scratch, "stats", &["stats"]);

@@ -115,23 +115,35 @@ fn b22_huge_and_denormal_fisher_stays_finite() {
     }
 }
 
+/// Products of two such Grams, 1e-40, leave f32; gradients of a confident model are that small.
 #[test]
-fn b22_huge_and_denormal_grams_stay_finite() {
+fn b22_tiny_grams_are_solved() {
+    grams_of_any_size_are_solved(1e-20);
+}
+
+/// Products of two such Grams, 1e40, leave f32.
+#[test]
+fn b22_huge_grams_are_solved() {
+    grams_of_any_size_are_solved(1e20);
+}
+
+fn grams_of_any_size_are_solved(scale: f64) {
     let mut random = Random::new(22);
-    // Products of two Grams would leave f32 at either end.
-    for scale in [1e20, 1e-20] {
-        let scaled = |random: &mut Random| {
-            kfac_with(
-                &gram(IN, 16, random).scaled(scale).stored(),
-                &gram(OUT, 12, random).scaled(scale).stored(),
-            )
-        };
-        let scratch = pair(scaled(&mut random), scaled(&mut random));
-        for (out, head) in [("cg", KFAC_CG), ("direct", KFAC_DIRECT), ("gram", "merge_method: regmean")] {
-            let merged = scratch.merge(&config(head), out, &[]);
-            assert!(merged.values("w").iter().all(|v| v.is_finite()), "{scale} {out}");
-            assert_eq!(merged.parameter("w")["converged"], true, "{scale} {out}: {}", merged.parameter("w"));
-        }
+    let mut scaled = |side: usize| -> Vec<f64> {
+        gram(side, 4 * side, &mut random).data.iter().map(|v| v * scale).collect()
+    };
+    let mut statistics =
+        || Statistics::new().full("w/input_gram", IN, &scaled(IN)).full("w/output_gram", OUT, &scaled(OUT));
+    let scratch = pair(statistics(), statistics());
+    for (out, head) in [
+        ("regmean", "merge_method: regmean"),
+        ("gram_cg", "merge_method: regmean\nsolver: { method: cg }"),
+        ("kfac_direct", KFAC_DIRECT),
+        ("kfac_cg", KFAC_CG),
+    ] {
+        let merged = scratch.merge(&config(head), out, &[]);
+        assert!(merged.values("w").iter().all(|v| v.is_finite()), "{out}");
+        assert_eq!(merged.parameter("w")["converged"], true, "{out}: {}", merged.parameter("w"));
     }
 }
 
@@ -247,7 +259,7 @@ fn b23_malformed_statistics_files() {
     refuse(std::slice::from_ref(&full), &two, &["input_gram"]);
     // One key in two files.
     let scratch = pair(Statistics::new().raw(full.clone()), Statistics::new().raw(full.clone()));
-    let both = "merge_method: regmean\nmodels:\n  - model: a\n    statistics: [a.safetensors, b.safetensors]\n  - model: b\n";
+    let both = "merge_method: regmean\nmodels:\n  - model: a\n    statistics: [a.safetensors, b.safetensors]\n  - model: b\n    statistics: a.safetensors\n";
     scratch.refuse_unread(both, &["b.safetensors", "w/input_gram"]);
     // No file at all.
     scratch.refuse_unread(&regmean.replace("b.safetensors", "c.safetensors"), &["c.safetensors"]);
@@ -300,13 +312,14 @@ fn outside(plane: &Matrix) -> Matrix {
     Matrix::identity(plane.columns).plus(-1.0, &inside)
 }
 
-/// The same with Grams that rounding to f32 has given tiny eigenvalues of either sign, as real statistics of fewer
+/// The same with Grams that rounding to their dtype has given tiny eigenvalues of either sign, as real statistics of fewer
 /// tokens than inputs have: dividing rounding noise by rounding noise must not decide the result.
 #[test]
 fn b23_rank_deficient_factors_work_when_rounded() {
     const SIDE: usize = 32;
     const RANK: usize = 8;
-    for seed in 0..4 {
+    let mut noise = Vec::new();
+    for (dtype, seed) in [("F64", 0), ("F64", 1), ("F32", 0), ("F32", 1), ("F32", 2), ("F32", 3)] {
         let mut random = Random::new(270 + seed);
         let plane = Matrix::random(RANK, SIDE, &mut random);
         let scratch = Scratch::new();
@@ -320,8 +333,11 @@ fn b23_rank_deficient_factors_work_when_rounded() {
             farthest = farthest.max(distance.sqrt());
             scratch.model(name, &[own]);
             let x = Matrix::random(64, RANK, &mut random).times(&plane);
-            let a = x.transpose().times(&x).scaled(1.0 / 64.0).stored();
-            kfac_with(&a, &gram(OUT, 12, &mut random)).write(&scratch, &format!("{name}.safetensors"));
+            let a = x.transpose().times(&x).scaled(1.0 / 64.0);
+            Statistics::new()
+                .raw(Tensor::new("w/input_gram", dtype, &[SIDE, SIDE], &a.data))
+                .full("w/output_gram", OUT, &gram(OUT, 12, &mut random).data)
+                .write(&scratch, &format!("{name}.safetensors"));
         }
         for (out, head) in [
             ("regmean", "merge_method: regmean"),
@@ -335,12 +351,14 @@ fn b23_rank_deficient_factors_work_when_rounded() {
             let leak = Matrix::new(OUT, SIDE, data).times(&outside(&plane)).norm();
             // The models themselves are this far from the base, in all directions: a result that leaves the base by
             // more in directions that no model has data for is noise.
-            assert!(
-                leak <= farthest,
-                "{out}, seed {seed}: {leak} in the null space, the models are {farthest} away"
-            );
+            if leak > farthest {
+                noise.push(format!(
+                    "{out}, {dtype}, seed {seed}: {leak:.1}, the models are {farthest:.1} away"
+                ));
+            }
         }
     }
+    assert!(noise.is_empty(), "moved in the null space: {noise:#?}");
 }
 
 #[test]
@@ -425,8 +443,12 @@ fn b24_statistics_missing_for_one_layer_of_one_model() {
     assert_eq!(merged.parameter("v")["method"], "average");
     assert_eq!(merged.parameter("w")["subspace"], "gram");
     scratch.refuse_unread(&format!("{}unmatched: error\n", config("merge_method: regmean")), &["`v`", "b"]);
-    // A model without any statistics file at all is no different.
+    // A model without any statistics file at all is an oversight where the method cannot do without.
     let without = format!("merge_method: regmean\n{}", models(&[("a", Some("a.safetensors")), ("b", None)]));
-    let merged = scratch.merge(&without, "without", &[]);
-    assert_eq!(merged.tensors["v"], scratch.merge(LINEAR, "linear", &[]).tensors["v"]);
+    scratch.refuse_unread(&without, &["models[1].statistics"]);
+    let auto = without.replace("regmean", "mats");
+    scratch.refuse_unread(&auto, &["models[1].statistics"]);
+    // `auto` can do without them all.
+    let none = LINEAR.replace("linear", "mats");
+    assert_eq!(scratch.merge(&none, "none", &[]).tensors, scratch.merge(LINEAR, "linear", &[]).tensors);
 }

@@ -41,7 +41,7 @@ fn advised(line: &str) -> &str {
     line.rsplit_once("--max-memory ")
         .expect("the error says what to type")
         .1
-        .split(|c: char| c == ')' || c == ' ')
+        .split([')', ' '])
         .next()
         .expect("one word")
 }

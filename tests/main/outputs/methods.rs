@@ -357,7 +357,7 @@ fn gram_cg_agrees_with_the_direct_solve() {
         let expected = gram_solution(&world.terms(w, &[1.0; 3]), &world.mean_weight(w), 0.0);
         // As above; the condition of a sum of three such Grams is below 50.
         assert_near(&merged.values(name), &expected.data, 50.0 * 2e-6, name);
-        assert_eq!(merged.parameter(name)["method"], "cg");
+        assert!(merged.parameter(name)["iterations"].as_u64().is_some_and(|n| n > 0), "CG was asked for");
     }
 }
 

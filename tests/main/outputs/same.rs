@@ -80,7 +80,11 @@ impl World {
         same("again", &config, &[]);
         same("pread", &config, &["--io", "pread"]);
         same("one_thread", &config, &["--threads", "1"]);
-        same("little_memory", &config, &["--max-memory", "64MiB", "--threads", "2"]);
+        let plan = self.scratch.plan(&config, &["--threads", "2"]);
+        let least = plan["least_memory_bytes"].as_u64().expect("the plan names it");
+        same("least_memory", &config, &["--max-memory", &least.to_string(), "--threads", "2"]);
+        let little = least.max(64 << 20);
+        same("little_memory", &config, &["--max-memory", &little.to_string(), "--threads", "2"]);
         let many = same("many_shards", &config, &["--out-shard-size", "100kB"]);
         let index = std::fs::read_to_string(many.directory.join("model.safetensors.index.json"))
             .expect("several shards");
