@@ -62,7 +62,7 @@ for ((round = 0; round < rounds; round++)); do
 done
 
 # In a run of its own, because looking takes time from what is looked at.
-merge &
+"$bin/mats-stream" merge "$work/linear.yml" --out "$work/out" --progress none &
 pid=$!
 peak=0
 while [[ -r /proc/$pid/status ]]; do

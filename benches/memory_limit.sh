@@ -53,7 +53,7 @@ mkdir -p "$parent"
 work=$(mktemp -d "$(realpath "$parent")/memory-limit.XXXXXX")
 
 "$bin/examples/make_synthetic" --out "$work" --models 3 --base --hidden 2048 --intermediate 4096 \
-    --big-tensor-mib "$big" --model-mib "$mib" --statistics gram --statistics-layers 8 --shard-mib 2048 > "$work/paths"
+    --big-tensor-mib "$big" --model-mib "$mib" --statistics gram --statistics-layers 4 --shard-mib 2048 > "$work/paths"
 {
     printf 'merge_method: regmean\nbase_model: base\nmodels:\n'
     for k in 0 1 2; do printf '  - { model: model-%d, statistics: statistics-%d.safetensors }\n' "$k" "$k"; done
@@ -79,7 +79,7 @@ merge() {
         (($3 > anonymous)) && anonymous=$3
         (($4 > rss)) && rss=$4
         sample_group
-        sleep 0.05
+        sleep 0.1
     done
     wait "$pid" || code=$?
     awk -v n="$1" -v a="$started" -v b="$EPOCHREALTIME" -v anon="$anonymous" -v rss="$rss" -v code="$code" 'BEGIN {

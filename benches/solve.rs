@@ -160,7 +160,7 @@ impl Problem {
             let mut first = mean(pick, 0..models / 2);
             let mut sum = mean(pick, models / 2..models);
             vector::axpy(1.0, &first, &mut sum, THREADING);
-            Pencil::of(&mut first, &mut sum, side, THREADING)
+            Pencil::of(&mut first, &mut sum, side, 0.0, THREADING)
         };
         let a = pencil(|f| &f.0, self.shape.in_features)?;
         let g = pencil(|f| &f.1, self.shape.out_features)?;

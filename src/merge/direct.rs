@@ -14,16 +14,20 @@ use crate::kernel::{Buffer, PANEL, Real, Threading, gemm, mat, mat_mut, panels, 
 use crate::operator::{Factor, Panels, Symmetric, mirror};
 use crate::read::TensorMeta;
 use crate::solve::cholesky;
-use crate::solve::eigen::Eigen;
+use crate::solve::eigen::{Eigen, NOISE_FLOOR, eigenvalue_noise};
 use crate::solve::stop::{DirectMethod, StopReason};
 
-/// First ridge tried on a singular matrix, as a fraction of the mean diagonal, and the largest.
-///
-/// In a null direction the right-hand side is rounding noise of 1e-16; divided by 1e-8 it stays below 1e-8 of the rest.
-/// The bias of the ridge in the other directions is removed by [`REFINEMENTS`] steps of iterated Tikhonov.
-const RIDGES: [f64; 3] = [1e-8, 1e-7, 1e-6];
-/// Each multiplies the bias in a direction of eigenvalue λ by ε/(λ+ε).
-const REFINEMENTS: usize = 3;
+/// Least ridge of a singular matrix, as a fraction of the mean diagonal: in a null direction the right-hand side is
+/// rounding noise of 1e-16; divided by 1e-8 it stays below 1e-8 of the rest.
+const LEAST_RIDGE: f64 = 1e-8;
+/// Least ridge as a multiple of the noise that storing the Grams put on their eigenvalues: a null direction then moves by
+/// at most an eighth of the way to the models, refinement included.
+const NOISE_RIDGE: f64 = 16.0;
+/// Each failure of Cholesky multiplies the ridge by ten.
+const ESCALATIONS: i32 = 5;
+/// Steps of iterated Tikhonov against the ridge's bias: each multiplies it by ε/(λ+ε) in a direction of eigenvalue λ, and
+/// adds as much noise again. Three where the noise is that of f64, one where it is that of the stored values.
+const REFINEMENTS: [usize; 2] = [3, 1];
 
 /// What the memory plan settled for one direct Gram solve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -188,18 +192,31 @@ impl GramDirect {
 
     fn factorise(&mut self, mut s: Buffer<f64>, mean: f64, tensor: &str) -> Result<(), MergeError> {
         let side = self.side;
-        for (attempt, extra) in std::iter::once(0.0).chain(RIDGES).enumerate() {
+        let unit_roundoff = self.terms.iter().map(|t| t.handle.unit_roundoff()).fold(0.0, f64::max);
+        let noise = eigenvalue_noise(&s, side, unit_roundoff);
+        let stored = NOISE_RIDGE * noise > LEAST_RIDGE * mean;
+        let least = (NOISE_RIDGE * noise).max(LEAST_RIDGE * mean);
+        for attempt in 0..=ESCALATIONS {
+            let extra = if attempt == 0 { 0.0 } else { least * 10f64.powi(attempt - 1) };
             if attempt > 0 {
                 restore(&mut s, side);
             }
             for (i, d) in self.diagonal.iter().enumerate() {
-                s[i * side + i] = d + self.shift + extra * mean;
+                s[i * side + i] = d + self.shift + extra;
             }
-            if cholesky::factorise(&mut s, side, self.threading).is_ok() {
-                let refinements = if attempt == 0 { 0 } else { REFINEMENTS };
-                self.prepared = Prepared::Cholesky { s, refinements };
-                return Ok(());
+            if cholesky::factorise(&mut s, side, self.threading).is_err() {
+                continue;
             }
+            // An eigenvalue that is only noise would be divided into noise.
+            if attempt == 0
+                && self.shift < NOISE_FLOOR * noise
+                && cholesky::least_eigenvalue(&s, side) < NOISE_FLOOR * noise
+            {
+                continue;
+            }
+            let refinements = if attempt == 0 { 0 } else { REFINEMENTS[usize::from(stored)] };
+            self.prepared = Prepared::Cholesky { s, refinements };
+            return Ok(());
         }
         restore(&mut s, side);
         for (i, d) in self.diagonal.iter().enumerate() {

@@ -121,6 +121,7 @@ fn solve_kfac(
         return Ok(zero_operator());
     }
     let scale = power_of_two_scale(mean);
+    let input_scale = input_scale(shape, &handles);
     let needs_diagonals = matches!(
         solve.solver,
         SolverChoice::Iterative { preconditioner: Some(PreconditionerKind::Jacobi), .. }
@@ -144,10 +145,10 @@ fn solve_kfac(
             }
         };
         let g = g.load(memory.hold_g, threading)?;
-        terms.push(KroneckerTerm { weight: model.weight * scale, a, g, diagonals });
+        terms.push(KroneckerTerm { weight: model.weight, a, g, diagonals });
         models.push(model);
     }
-    let operator = KroneckerSum::new(shape, terms)?;
+    let operator = KroneckerSum::new(shape, terms)?.scaled(input_scale, scale / input_scale);
     let shift = solve.ridge * mean * scale;
     iterate(context, solve, &operator, &models, shift, scale, x0, d)
 }
@@ -174,6 +175,12 @@ pub(super) fn kfac_handles(
 pub(super) fn mean_diagonal(shape: BlockShape, handles: &[(SolveModel, FactorHandle, FactorHandle)]) -> f64 {
     handles.iter().map(|(model, a, g)| model.weight * a.trace() * g.trace()).sum::<f64>()
         / shape.elements().max(1) as f64
+}
+
+/// A power of two near one over the mean diagonal of the `Aᵢ`.
+pub(super) fn input_scale(shape: BlockShape, handles: &[(SolveModel, FactorHandle, FactorHandle)]) -> f64 {
+    let traces: f64 = handles.iter().map(|(_, a, _)| a.trace()).sum();
+    power_of_two_scale(traces / (shape.in_features * handles.len()).max(1) as f64)
 }
 
 fn solve_gram(

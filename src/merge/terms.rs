@@ -8,6 +8,7 @@ use super::{GramKind, Inputs, MergeError, SolveModel, Tally};
 use crate::config::DeltaScale;
 use crate::kernel::{Buffer, Real, Threading, panels};
 use crate::operator::{Factor, LowRank, OperatorError, Panels, RowSource, Symmetric};
+use crate::read::Dtype;
 use crate::statistics::factor::{FactorRows, FactorSummary, GramRows};
 use crate::statistics::{Kind, ModelStatistics, Statistic};
 
@@ -19,9 +20,24 @@ pub(super) struct FactorHandle {
     scale: f64,
     off_diagonal: f64,
     summary: FactorSummary,
+    unit_roundoff: f64,
 }
 
+/// Half a unit in the last place of a Gram's entries. 16-bit Grams count as f32: what rounding to 16 bits did to them
+/// cannot be told from what they are, and their exact solution is what was asked for.
+fn unit_roundoff(dtype: Dtype) -> f64 {
+    if dtype == Dtype::F64 { F64_ROUNDOFF } else { 2f64.powi(-25) }
+}
+
+/// That of a Gram made here, in f64, from its factor.
+const F64_ROUNDOFF: f64 = 1.0 / (1u64 << 53) as f64;
+
 impl FactorHandle {
+    /// Relative rounding error of the entries of this Gram.
+    pub fn unit_roundoff(&self) -> f64 {
+        self.unit_roundoff
+    }
+
     /// `(rows, side)` of what is stored.
     pub fn shape(&self) -> (usize, usize) {
         self.rows.shape()
@@ -103,12 +119,20 @@ fn statistic_factor(
             scale: 1.0,
             off_diagonal: model.off_diagonal,
             summary,
+            unit_roundoff: unit_roundoff(statistic.dtype),
         });
     }
     let rows = FactorRows::new(Arc::clone(statistics), statistic);
     let summary = rows.scan()?;
     let rows = Arc::new(counted(rows, statistic, tally));
-    Ok(FactorHandle { rows, low_rank: true, scale: 1.0, off_diagonal: model.off_diagonal, summary })
+    Ok(FactorHandle {
+        rows,
+        low_rank: true,
+        scale: 1.0,
+        off_diagonal: model.off_diagonal,
+        summary,
+        unit_roundoff: F64_ROUNDOFF,
+    })
 }
 
 /// What `resolve` has seen in the headers.
@@ -158,7 +182,14 @@ pub(super) fn gram_factor(
                 DeltaScale::InverseSquaredNorm => 0.0,
             };
             let off_diagonal = model.off_diagonal;
-            Ok(FactorHandle { rows: Arc::new(rows), low_rank: true, scale, off_diagonal, summary })
+            Ok(FactorHandle {
+                rows: Arc::new(rows),
+                low_rank: true,
+                scale,
+                off_diagonal,
+                summary,
+                unit_roundoff: F64_ROUNDOFF,
+            })
         }
     }
 }

@@ -152,7 +152,8 @@ fn pencil(
     }
     crate::operator::mirror(&mut first, side);
     crate::operator::mirror(&mut sum, side);
-    Ok(Pencil::of(&mut first, &mut sum, side, threading))
+    let unit_roundoff = factors.iter().map(|(_, handle)| handle.unit_roundoff()).fold(0.0, f64::max);
+    Ok(Pencil::of(&mut first, &mut sum, side, unit_roundoff, threading))
 }
 
 /// [`TwoTermInverse`] as a preconditioner.

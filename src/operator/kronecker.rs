@@ -8,7 +8,7 @@ use crate::kernel::{PANEL, Real, mat, mat_mut, panels};
 /// One model's block-diagonal Fisher `wᵢ · Gᵢ X Aᵢ`.
 #[derive(Clone)]
 pub struct KroneckerTerm<T: Real> {
-    /// `wᵢ ≥ 0`, with any common scaling folded in.
+    /// `wᵢ ≥ 0`.
     pub weight: f64,
     /// Input Gram `[in, in]`.
     pub a: Factor<T>,
@@ -30,6 +30,8 @@ pub struct KroneckerTerm<T: Real> {
 pub struct KroneckerSum<T: Real> {
     shape: BlockShape,
     terms: Vec<KroneckerTerm<T>>,
+    input_scale: f64,
+    output_scale: f64,
 }
 
 impl<T: Real> KroneckerSum<T> {
@@ -46,7 +48,16 @@ impl<T: Real> KroneckerSum<T> {
                 }
             }
         }
-        Ok(Self { shape, terms })
+        Ok(Self { shape, terms, input_scale: 1.0, output_scale: 1.0 })
+    }
+
+    /// Multiplies the operator by `input · output`, each applied on its side: `X·A` and `G·(X·A)` then both stay inside the
+    /// range of `T`, however large or small the factors are. Powers of two scale exactly.
+    #[must_use]
+    pub fn scaled(mut self, input: f64, output: f64) -> Self {
+        self.input_scale *= input;
+        self.output_scale *= output;
+        self
     }
 
     fn tile_rows(&self) -> usize {
@@ -90,7 +101,7 @@ impl<T: Real> LinearOperator<T> for KroneckerSum<T> {
         let mut rows = Vec::with_capacity(self.terms.len());
         for term in &self.terms {
             let (a, g) = term.diagonals.as_ref().ok_or(OperatorError::NoDiagonal)?;
-            rows.push((term.weight, a, g));
+            rows.push((term.weight * self.input_scale * self.output_scale, a, g));
         }
         for (i, row) in d.chunks_exact_mut(self.shape.in_features.max(1)).enumerate() {
             for (j, v) in row.iter_mut().enumerate() {
@@ -129,8 +140,9 @@ impl<T: Real> OperatorSum<T> for KroneckerSum<T> {
         for rows in panels(out_features) {
             let x = mat(&x[rows.start * in_features..rows.end * in_features], rows.len(), in_features);
             let mut xa = mat_mut(tile, rows.len(), in_features);
-            a.right_multiply(x, xa.rb_mut(), false, 1.0, a_scratch, threading)?;
-            g.left_accumulate(rows, xa.as_ref(), y.rb_mut(), *weight, g_scratch, threading)?;
+            a.right_multiply(x, xa.rb_mut(), false, self.input_scale, a_scratch, threading)?;
+            let alpha = *weight * self.output_scale;
+            g.left_accumulate(rows, xa.as_ref(), y.rb_mut(), alpha, g_scratch, threading)?;
         }
         Ok(())
     }

@@ -116,8 +116,11 @@ pub struct UnmergedRecord {
 /// One parameter of the output.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ParameterReport {
-    /// What made it: `cg`, `direct`, `average`, `copy`, …
+    /// What made it: the config's `merge_method`, or `average`, `base`, `copy`.
     pub method: String,
+    /// The solver of its last system: `cg`, `pcg`, `direct`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub solver: Option<String>,
     /// The kind of Cᵢ, where there was a system.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subspace: Option<String>,
@@ -163,7 +166,7 @@ pub struct ParameterReport {
 /// A round that only prepared the next one's initial guess.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RoundReport {
-    /// As in [`ParameterReport::method`].
+    /// The solver of this round.
     pub method: String,
     /// As in [`ParameterReport::subspace`].
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -98,6 +98,12 @@ pub(super) fn command(args: MergeArgs) -> Result<ExitCode, Error> {
             _ => error,
         }
     })?;
+    for (name, record) in &summary.report.parameters {
+        if let Some(reason @ ("not_finite" | "not_positive_definite")) = record.stop_reason.as_deref() {
+            let name = crate::read::escaped(name);
+            tracing::warn!("tensor `{name}`: the solver stopped ({reason}) and kept its last good iterate");
+        }
+    }
     if !summary.unconverged.is_empty() {
         let shown: Vec<String> =
             summary.unconverged.iter().take(3).map(|n| crate::read::escaped(n)).collect();
@@ -305,6 +311,7 @@ fn parameter(planned: &BlockPlan, block: &BlockReport) -> ParameterReport {
         recipe.solves.iter().zip(&block.outcomes).map(|(solve, outcome)| (solve, round(solve, outcome)));
     for (k, (_, round)) in rounds.enumerate() {
         if k + 1 == recipe.solves.len() {
+            parameter.solver = Some(round.method);
             parameter.subspace = round.subspace;
             parameter.iterations = round.iterations;
             parameter.stop_reason = round.stop_reason;

@@ -11,6 +11,18 @@ use crate::kernel::{Buffer, Threading, gemm, mat, mat_mut};
 /// Eigenvalues below this fraction of the largest are null directions: f64 noise of a matrix stored in f32.
 pub const EIGENVALUE_FLOOR: f64 = 1e-10;
 
+/// An eigenvalue below so many times the storage noise is not told from zero.
+pub const NOISE_FLOOR: f64 = 4.0;
+
+/// How far rounding every entry of a symmetric row-major `[side, side]` matrix by a relative `unit_roundoff` moves its
+/// eigenvalues: the spectral norm of a random symmetric matrix with entries of that size, `2·σ·√side` with σ² the
+/// variance of a uniform rounding error.
+pub fn eigenvalue_noise(s: &[f64], side: usize, unit_roundoff: f64) -> f64 {
+    let squares: f64 =
+        s[..side * side].chunks(1 << 16).map(|piece| piece.iter().map(|v| v * v).sum::<f64>()).sum();
+    2.0 * unit_roundoff / 3f64.sqrt() * squares.sqrt() / (side.max(1) as f64).sqrt()
+}
+
 /// An eigendecomposition did not converge: only matrices that are not finite do that.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the eigendecomposition of a {side} x {side} matrix did not converge")]
@@ -87,7 +99,8 @@ pub struct Pencil {
 
 impl Pencil {
     /// Of two symmetric positive semidefinite row-major `[side, side]` matrices. `sum` holds `B₁+B₂` on entry and is
-    /// overwritten, `first` holds `B₁` and is overwritten. Cost: two eigendecompositions and four products.
+    /// overwritten, `first` holds `B₁` and is overwritten. Directions of the sum below the noise of storing it with
+    /// `unit_roundoff` count as null. Cost: two eigendecompositions and four products.
     ///
     /// # Errors
     /// [`NoConvergence`] on values that are not finite.
@@ -95,13 +108,15 @@ impl Pencil {
         first: &mut [f64],
         sum: &mut [f64],
         side: usize,
+        unit_roundoff: f64,
         threading: Threading,
     ) -> Result<Self, NoConvergence> {
+        let noise = NOISE_FLOOR * eigenvalue_noise(sum, side, unit_roundoff);
         let whole = Eigen::of(mat(sum, side, side))?;
-        let largest = whole.values.last().copied().unwrap_or(0.0);
+        let floor = noise.max(EIGENVALUE_FLOOR * whole.values.last().copied().unwrap_or(0.0));
         let mut whiten = whole.vectors;
         for (row, value) in whiten.chunks_exact_mut(side.max(1)).zip(&whole.values) {
-            let scale = if *value > largest * EIGENVALUE_FLOOR { value.sqrt().recip() } else { 0.0 };
+            let scale = if *value > floor { value.sqrt().recip() } else { 0.0 };
             row.iter_mut().for_each(|v| *v *= scale);
         }
         // whiten·B₁·whitenᵀ, in `first`, by way of `sum`.
@@ -222,8 +237,8 @@ mod tests {
         }
         let add = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(a, b)| a + b).collect::<Vec<f64>>();
         let (mut sum_a, mut sum_g) = (add(&a1, &a2), add(&g1, &g2));
-        let a = Pencil::of(&mut a1.clone(), &mut sum_a, n, Threading::Sequential).unwrap();
-        let g = Pencil::of(&mut g1.clone(), &mut sum_g, m, Threading::Sequential).unwrap();
+        let a = Pencil::of(&mut a1.clone(), &mut sum_a, n, 0.0, Threading::Sequential).unwrap();
+        let g = Pencil::of(&mut g1.clone(), &mut sum_g, m, 0.0, Threading::Sequential).unwrap();
         TwoTermInverse::new(a, g, 0.0).apply(&mut r, &mut t, Threading::Sequential);
         // Conditions of 1e3 at most on each side: 1e-16 · 1e6.
         for (got, want) in r.iter().zip(&x) {
