@@ -52,7 +52,7 @@ parent=${MATS_BENCH_DIR:-$target}
 mkdir -p "$parent"
 work=$(mktemp -d "$(realpath "$parent")/memory-limit.XXXXXX")
 
-"$bin/examples/make_synthetic" --out "$work" --models 3 --base --hidden 2048 --intermediate 4096 \
+"$bin/examples/make_synthetic" --out "$work" --models 3 --base --hidden 2048 --intermediate 3072 \
     --big-tensor-mib "$big" --model-mib "$mib" --statistics gram --statistics-layers 4 --shard-mib 2048 > "$work/paths"
 {
     printf 'merge_method: regmean\nbase_model: base\nmodels:\n'

@@ -83,6 +83,7 @@ fn cg_follows_the_papers_algorithm_in_float64() {
         ("task_arithmetic", "{ merge_method: task_arithmetic, parameters: { weight: 0.3 } }"),
     ] {
         let w0 = start(initial);
+        let mut objectives: HashMap<String, f64> = HashMap::new();
         for iterations in [1, 5, 20, 100] {
             let prefix = format!("{initial}/{iterations}/");
             let layers: Vec<_> =
@@ -94,6 +95,14 @@ fn cg_follows_the_papers_algorithm_in_float64() {
                 "merge_method: mats\nsubspace: kfac\ninitial: {yaml}\n\
                  solver: {{ method: cg, max_iterations: {iterations}, tolerance: 0.0 }}\n"
             ));
+            // Never up, on any parameter that was solved.
+            for (name, record) in &report.parameters {
+                if let Some(now) = record.objective_final {
+                    let last =
+                        objectives.insert(name.clone(), now).unwrap_or(record.objective_initial.unwrap());
+                    assert!(now <= last, "{name}: {now} after {last}");
+                }
+            }
             for (name, want) in layers {
                 let record = &report.parameters[name];
                 assert_eq!(record.iterations, Some(iterations as u64), "{name}");

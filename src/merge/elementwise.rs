@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::{Inputs, MergeError, SourceId, Start, Tally};
-use crate::kernel::Real;
+use crate::kernel::{Real, vector};
 
 /// Elements worked on at a time: a few vectors of them stay in the second-level cache.
 pub const PIECE: usize = 1 << 14;
@@ -49,22 +49,37 @@ pub fn merge_elementwise<T: Real>(
                     if k == 0 {
                         read(*source, out)?;
                         if weight != T::from_f64(1.0) {
-                            for v in &mut *out {
-                                *v = weight * *v;
-                            }
+                            vector::dispatch(
+                                #[inline(always)]
+                                || {
+                                    for v in &mut *out {
+                                        *v *= weight;
+                                    }
+                                },
+                            );
                         }
                     } else {
                         read(*source, x)?;
-                        for (v, x) in out.iter_mut().zip(&*x) {
-                            *v += weight * *x;
-                        }
+                        vector::dispatch(
+                            #[inline(always)]
+                            || {
+                                for (v, x) in out.iter_mut().zip(&*x) {
+                                    *v += weight * *x;
+                                }
+                            },
+                        );
                     }
                 }
                 if *divisor != 1.0 {
                     let divisor = T::from_f64(*divisor);
-                    for v in &mut *out {
-                        *v /= divisor;
-                    }
+                    vector::dispatch(
+                        #[inline(always)]
+                        || {
+                            for v in &mut *out {
+                                *v /= divisor;
+                            }
+                        },
+                    );
                 }
             }
             Start::TaskVectors { base, terms, scale } => {
@@ -73,14 +88,24 @@ pub fn merge_elementwise<T: Real>(
                 for (source, weight) in terms {
                     let weight = T::from_f64(*weight);
                     read(*source, x)?;
-                    for ((v, x), b) in out.iter_mut().zip(&*x).zip(&*base_values) {
-                        *v += weight * (*x - *b);
-                    }
+                    vector::dispatch(
+                        #[inline(always)]
+                        || {
+                            for ((v, x), b) in out.iter_mut().zip(&*x).zip(&*base_values) {
+                                *v += weight * (*x - *b);
+                            }
+                        },
+                    );
                 }
                 let scale = T::from_f64(*scale);
-                for (v, b) in out.iter_mut().zip(&*base_values) {
-                    *v = *b + scale * *v;
-                }
+                vector::dispatch(
+                    #[inline(always)]
+                    || {
+                        for (v, b) in out.iter_mut().zip(&*base_values) {
+                            *v = *b + scale * *v;
+                        }
+                    },
+                );
             }
         }
     }
