@@ -70,7 +70,8 @@ evict() {
 # $1 name of the output directory, $2 --max-memory; what limits is in `prefix`.
 merge() {
     local started=$EPOCHREALTIME pid anonymous=0 rss=0 code=0
-    "${prefix[@]}" "$bin/mats-stream" merge "$work/regmean.yml" --out "$work/$1" --max-memory "$2" --progress none &
+    "${prefix[@]}" "$bin/mats-stream" merge "$work/regmean.yml" --out "$work/$1" --max-memory "$2" \
+        --out-shard-size 1GB --progress none &
     pid=$!
     while [[ -r /proc/$pid/status ]]; do
         # shellcheck disable=SC2046
@@ -122,8 +123,9 @@ if [[ -n $group ]]; then
     for key in "${!most[@]}"; do printf '  group: most %s %d MiB\n' "$key" $((most[$key] >> 20)); done | sort
     case $how in
         v1)
-            echo "  group: failcnt $(cat "$group/memory.failcnt") (pages taken back at the limit, no failure)," \
-                "$(grep oom_kill "$group/memory.oom_control" | tail -1)" ;;
+            echo "  group: most in all $(($(cat "$group/memory.max_usage_in_bytes") >> 20)) MiB," \
+                "failcnt $(cat "$group/memory.failcnt") (times the limit was met, no failure)," \
+                "$(grep '^oom_kill ' "$group/memory.oom_control")" ;;
         v2) echo "  group: $(tr '\n' ' ' < "$group/memory.events")" ;;
     esac
 fi

@@ -9,12 +9,13 @@ use super::direct::read_difference;
 use super::terms::{FactorHandle, gram_factor, output_factor};
 use super::{GramKind, Inputs, MergeError, Solve, SolveModel, SolverChoice, System, Tally};
 use crate::config::PreconditionerKind;
-use crate::kernel::{Buffer, Threading, vector};
+use crate::kernel::{Buffer, PANEL, Threading, mat, mat_mut, panels, vector};
 use crate::operator::{
     BlockShape, Damped, Diagonal, Factor, GramSum, GramTerm, KroneckerSum, KroneckerTerm, LinearOperator,
     OperatorSum, Workspace,
 };
-use crate::precond::{Jacobi, NoPreconditioner, Preconditioner};
+use crate::precond::{Basis, Jacobi, Kronecker, NoPreconditioner, Preconditioner};
+use crate::solve::eigen::Eigen;
 use crate::solve::{
     Any, Cancelled, CgVectors, IterationRecord, MaxIterations, ObjectiveDecrease, RelativeResidual,
     SolveStart, StopReason, conjugate_gradients,
@@ -114,6 +115,7 @@ fn solve_kfac(
     shared: &mut SharedFactors,
 ) -> Result<SolveOutcome, MergeError> {
     let BlockContext { inputs, tensor, shape, threading, .. } = *context;
+    let (m, n) = (shape.out_features, shape.in_features);
     let handles = kfac_handles(context, solve)?;
     let mean = mean_diagonal(shape, &handles);
     if mean == 0.0 {
@@ -148,9 +150,20 @@ fn solve_kfac(
         terms.push(KroneckerTerm { weight: model.weight, a, g, diagonals });
         models.push(model);
     }
-    let operator = KroneckerSum::new(shape, terms)?.scaled(input_scale, scale / input_scale);
     let shift = solve.ridge * mean * scale;
-    iterate(context, solve, &operator, &models, shift, scale, x0, d)
+    let preconditioner = if wants_kronecker(solve) {
+        let a: Vec<_> = terms.iter().map(|t| (t.weight * input_scale, &t.a)).collect();
+        let g: Vec<_> = terms.iter().map(|t| (t.weight * scale / input_scale, &t.g)).collect();
+        let (a, a_diagonals) = eigenbasis(context, &a, n)?;
+        let (g, g_diagonals) = eigenbasis(context, &g, m)?;
+        let weights: Vec<f64> = terms.iter().map(|t| 1.0 / t.weight).collect();
+        let diagonal = outer_sum(shape, &weights, &g_diagonals, &a_diagonals, shift);
+        Some(Kronecker::new(shape, Some(a), Some(g), diagonal)?)
+    } else {
+        None
+    };
+    let operator = KroneckerSum::new(shape, terms)?.scaled(input_scale, scale / input_scale);
+    iterate(context, solve, &operator, preconditioner, &models, shift, scale, x0, d)
 }
 
 /// Factors of every model, scanned.
@@ -213,13 +226,22 @@ fn solve_gram(
         unreachable!("direct systems are solved elsewhere")
     };
     let forms = forms_sum(shape, terms.iter().map(|t| &t.a), max_iterations);
+    let shift = solve.ridge * mean * scale;
+    let preconditioner = if wants_kronecker(solve) {
+        let a: Vec<_> = terms.iter().map(|t| (t.weight, &t.a)).collect();
+        let (basis, diagonals) = eigenbasis(context, &a, n)?;
+        let ones = vec![vec![1.0; m]; diagonals.len()];
+        let diagonal = outer_sum(shape, &vec![1.0; diagonals.len()], &ones, &diagonals, shift);
+        Some(Kronecker::new(shape, Some(basis), None, diagonal)?)
+    } else {
+        None
+    };
     let mut operator = GramSum::new(shape, terms)?;
     if forms {
         let mut workspace = Workspace::new(operator.scratch_elements(), threading);
         operator.form(&mut workspace)?;
     }
-    let shift = solve.ridge * mean * scale;
-    iterate(context, solve, &operator, &models, shift, scale, x0, d)
+    iterate(context, solve, &operator, preconditioner, &models, shift, scale, x0, d)
 }
 
 /// Whether one `S` for all iterations costs less than applying each term, forming included.
@@ -269,7 +291,7 @@ fn solve_diagonal(
         flops: 0.0,
     };
     let mut workspace = Workspace::new(0, threading);
-    let (outcome, q) = run(context, solve, &operator, &start, &mut r, d, &mut workspace)?;
+    let (outcome, q) = run(context, solve, &operator, None, &start, &mut r, d, &mut workspace)?;
     // The true residual costs one more pass over the models.
     let x: Vec<f32> = x0.iter().zip(&*d).map(|(x, d)| x + d).collect();
     let mut discard = q;
@@ -292,6 +314,7 @@ fn iterate(
     context: &BlockContext<'_>,
     solve: &Solve,
     operator: &dyn OperatorSum<f32>,
+    preconditioner: Option<Kronecker<f32>>,
     models: &[SolveModel],
     shift: f64,
     scale: f64,
@@ -299,7 +322,8 @@ fn iterate(
     d: &mut [f32],
 ) -> Result<SolveOutcome, MergeError> {
     let BlockContext { inputs, tensor, shape, threading, tally, .. } = *context;
-    let mut workspace = Workspace::new(operator.scratch_elements(), threading);
+    let scratch = preconditioner.as_ref().map_or(0, |p| p.scratch_elements());
+    let mut workspace = Workspace::new(operator.scratch_elements().max(scratch), threading);
     let mut r = Buffer::<f32>::zeroed(shape.elements());
     let mut p = Buffer::<f32>::zeroed(shape.elements());
     let mut q = Buffer::<f32>::zeroed(shape.elements());
@@ -323,7 +347,7 @@ fn iterate(
     let rhs_norm = vector::squared_norm_of_sum(&r, &q, threading).sqrt();
     drop((p, q));
     let start = Start { objective_initial, rhs_norm, scale, shift, flops: 3.0 * operator.flops() };
-    let (outcome, mut p) = run(context, solve, operator, &start, &mut r, d, &mut workspace)?;
+    let (outcome, mut p) = run(context, solve, operator, preconditioner, &start, &mut r, d, &mut workspace)?;
     let mut x = Buffer::<f32>::zeroed(shape.elements());
     x.copy_from_slice(x0);
     vector::axpy(1.0, d, &mut x, threading);
@@ -331,11 +355,76 @@ fn iterate(
     Ok(finish(outcome, &start, objective, &mut r, d, threading))
 }
 
+fn wants_kronecker(solve: &Solve) -> bool {
+    matches!(
+        solve.solver,
+        SolverChoice::Iterative { preconditioner: Some(PreconditionerKind::Kronecker), .. }
+    )
+}
+
+/// Eigenbasis of `Σ wᵢCᵢ`, and the diagonal of each `wᵢCᵢ` in it.
+///
+/// Cost: one f64 eigendecomposition and one product a model. Memory while it runs: `4·side²` f64.
+fn eigenbasis(
+    context: &BlockContext<'_>,
+    factors: &[(f64, &Factor<f32>)],
+    side: usize,
+) -> Result<(Basis<f32>, Vec<Vec<f64>>), MergeError> {
+    let threading = context.threading;
+    let need = factors.iter().map(|(_, f)| f.add_scratch()).max().unwrap_or(0);
+    let basis = {
+        let mut sum = Buffer::<f32>::zeroed(side * side);
+        let mut scratch = Buffer::<f32>::zeroed(need);
+        for (weight, factor) in factors {
+            factor.add_to(&mut sum, *weight, &mut scratch, threading)?;
+        }
+        let mut wide = Buffer::<f64>::zeroed(side * side);
+        for (wide, v) in wide.iter_mut().zip(sum.iter()) {
+            *wide = f64::from(*v);
+        }
+        drop((sum, scratch));
+        let failed = |source| MergeError::Eigen { tensor: context.tensor.to_owned(), source };
+        let eigen = Eigen::of(mat(&wide, side, side)).map_err(failed)?;
+        Basis::new(&eigen.vectors, side, threading)
+    };
+    let need = factors.iter().map(|(_, f)| f.right_scratch(PANEL.min(side))).max().unwrap_or(0);
+    let mut scratch = Buffer::<f32>::zeroed(need);
+    let mut tile = Buffer::<f32>::zeroed(PANEL.min(side) * side);
+    let mut diagonals = Vec::with_capacity(factors.len());
+    for (weight, factor) in factors {
+        let mut diagonal = Vec::with_capacity(side);
+        for rows in panels(side) {
+            let q = &basis.rows()[rows.start * side..rows.end * side];
+            let out = mat_mut(&mut tile, rows.len(), side);
+            factor.right_multiply(mat(q, rows.len(), side), out, false, *weight, &mut scratch, threading)?;
+            for (q, c) in q.chunks_exact(side).zip(tile.chunks_exact(side)) {
+                diagonal.push(vector::dot(q, c, Threading::Sequential).max(0.0));
+            }
+        }
+        diagonals.push(diagonal);
+    }
+    Ok((basis, diagonals))
+}
+
+/// `Σ wᵢ gᵢ aᵢᵀ + shift`, row-major `[out, in]`.
+fn outer_sum(shape: BlockShape, weights: &[f64], g: &[Vec<f64>], a: &[Vec<f64>], shift: f64) -> Buffer<f32> {
+    let mut diagonal = Buffer::<f32>::zeroed(shape.elements());
+    for (i, row) in diagonal.chunks_exact_mut(shape.in_features.max(1)).enumerate() {
+        for (j, v) in row.iter_mut().enumerate() {
+            let sum: f64 = weights.iter().zip(g).zip(a).map(|((w, g), a)| w * g[i] * a[j]).sum();
+            *v = (sum + shift) as f32;
+        }
+    }
+    diagonal
+}
+
 /// The CG loop itself; gives back a vector for reuse.
+#[allow(clippy::too_many_arguments, reason = "a system, its solver and its surroundings")]
 fn run(
     context: &BlockContext<'_>,
     solve: &Solve,
     operator: &(impl LinearOperator<f32> + ?Sized),
+    kronecker: Option<Kronecker<f32>>,
     start: &Start,
     r: &mut [f32],
     d: &mut [f32],
@@ -347,8 +436,12 @@ fn run(
     };
     let threading = context.threading;
     let damped = Damped::new(operator, start.shift);
-    let preconditioner: Box<dyn Preconditioner<f32>> = match preconditioner {
-        Some(PreconditionerKind::Jacobi) => Box::new(Jacobi::new(&damped)?),
+    let preconditioner: Box<dyn Preconditioner<f32>> = match (preconditioner, kronecker) {
+        (_, Some(kronecker)) => Box::new(kronecker),
+        // A system without coupling is its own diagonal.
+        (Some(PreconditionerKind::Jacobi | PreconditionerKind::Kronecker), None) => {
+            Box::new(Jacobi::new(&damped)?)
+        }
         _ => Box::new(NoPreconditioner),
     };
     let mut p = Buffer::<f32>::zeroed(r.len());

@@ -377,8 +377,8 @@ impl Resolver<'_> {
         let direct = match round.solver.method {
             SolverMethod::Direct => true,
             SolverMethod::Cg | SolverMethod::Pcg => false,
-            // Exact and cheap. A vector's full Fisher block stays with early-stopped CG: solving it to the end was
-            // measured to lose most of the accuracy (paper, figure 3).
+            // Exact and cheap. A vector's full Fisher block goes with K-FAC to the ridged solver: solving it to the end
+            // was measured to lose most of the accuracy (paper, figure 3).
             SolverMethod::Auto => match system {
                 System::Identity | System::FisherDiagonal => true,
                 System::Gram(kind) => kind != GramKind::FisherBlock,
@@ -390,7 +390,7 @@ impl Resolver<'_> {
         }
         let method = match round.solver.method {
             SolverMethod::Auto if direct => SolverMethod::Direct,
-            SolverMethod::Auto => SolverMethod::Cg,
+            SolverMethod::Auto => SolverMethod::Pcg,
             given => given,
         };
         let mut ridge = round.ridge(method);
@@ -415,14 +415,14 @@ impl Resolver<'_> {
 
     fn preconditioner(&self, round: &Round) -> Result<PreconditionerKind, MergeError> {
         match round.solver.preconditioner {
-            Some(kind @ (PreconditionerKind::None | PreconditionerKind::Jacobi)) => Ok(kind),
-            given => Err(MergeError::Unsupported {
-                what: format!(
-                    "line {}: solver.preconditioner `{}`",
-                    round.solver.line,
-                    given.map_or("kronecker", |kind| kind.name())
-                ),
-                hint: "write `preconditioner: jacobi` or `none`, or `method: cg`",
+            None => Ok(PreconditionerKind::Kronecker),
+            Some(
+                kind
+                @ (PreconditionerKind::None | PreconditionerKind::Jacobi | PreconditionerKind::Kronecker),
+            ) => Ok(kind),
+            Some(kind) => Err(MergeError::Unsupported {
+                what: format!("line {}: solver.preconditioner `{}`", round.solver.line, kind.name()),
+                hint: "write `preconditioner: kronecker`, `jacobi` or `none`",
             }),
         }
     }

@@ -9,6 +9,8 @@ use crate::merge::block::{Stage, Strategy, is_elementwise};
 use crate::merge::{DirectMemory, IterativeMemory, forms_gram, two_term_bytes};
 use crate::merge::{GramKind, Inputs, Recipe, Solve, SolverChoice, System};
 use crate::operator::BlockShape;
+use crate::precond::Basis;
+use crate::solve::eigen::Eigen;
 use crate::statistics::{Form, Kind};
 
 /// One output buffer: encoded values on their way to the writer.
@@ -138,11 +140,20 @@ fn stage_bytes(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, 
         }
         (Stage::Direct(_), _) => 0,
         (Stage::Iterative(memory), system) => {
-            let jacobi = matches!(
-                solve.solver,
-                SolverChoice::Iterative { preconditioner: Some(PreconditionerKind::Jacobi), .. }
-            );
-            let vectors = 5 + if jacobi { 2 } else { 0 };
+            let SolverChoice::Iterative { preconditioner, .. } = solve.solver else { return 0 };
+            // z and the preconditioner's diagonal, and for four products the scratch between them.
+            let vectors = match preconditioner {
+                None | Some(PreconditionerKind::None) => 5,
+                Some(PreconditionerKind::Kronecker) => 8,
+                Some(_) => 7,
+            };
+            let preconditioner = match (preconditioner, system) {
+                (Some(PreconditionerKind::Kronecker), System::Kfac) => {
+                    bases_bytes(m) + bases_bytes(n) + setup_bytes(m.max(n))
+                }
+                (Some(PreconditionerKind::Kronecker), System::Gram(_)) => bases_bytes(n) + setup_bytes(n),
+                _ => 0,
+            };
             let panel = PANEL.min(m.max(n)) as u64;
             let system = match system {
                 System::Identity | System::FisherDiagonal => 3 * shape.elements() as u64,
@@ -157,9 +168,19 @@ fn stage_bytes(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, 
                         + low_rank_scratch(inputs, tensor, solve, shape)
                 }
             };
-            (vectors * shape.elements() as u64 + system) * 4
+            (vectors * shape.elements() as u64 + system) * 4 + preconditioner
         }
     }
+}
+
+/// A basis and its transpose in f32.
+fn bases_bytes(side: usize) -> u64 {
+    (Basis::<f32>::SQUARES * side * side) as u64 * 4
+}
+
+/// What an f64 eigendecomposition of one side holds while a preconditioner is set up.
+fn setup_bytes(side: usize) -> u64 {
+    ((Eigen::SQUARES + 1) * side * side) as u64 * 8 + 3 * (PANEL * side) as u64 * 4
 }
 
 /// Rank of a factor stored as `F`, `None` where it is a full or packed Gram.

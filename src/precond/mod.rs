@@ -1,13 +1,15 @@
 //! Preconditioners: cheap stand-ins `M` for an operator, applied as `M⁻¹·r`.
 //!
 //! Called by `solve::cg`. [`NoPreconditioner`] is the paper's plain conjugate gradients, [`Jacobi`] the operator's
-//! diagonal; what knows the Kronecker structure belongs beside them.
+//! diagonal, [`Kronecker`] its diagonal in the eigenbases of the summed factors.
 
 mod identity;
 mod jacobi;
+mod kronecker;
 
 pub use identity::NoPreconditioner;
 pub use jacobi::Jacobi;
+pub use kronecker::{Basis, Kronecker};
 
 use crate::kernel::Real;
 use crate::operator::{OperatorError, Workspace};

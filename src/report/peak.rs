@@ -55,12 +55,11 @@ mod tests {
     #[test]
     #[cfg(target_os = "linux")]
     fn a_touched_buffer_shows() {
-        let before = anonymous_bytes().unwrap();
         let buffer = vec![1_u8; 64 << 20];
         let memory = peak_memory().unwrap();
         assert!(std::hint::black_box(&buffer)[1 << 20] == 1);
-        // Other tests run beside this one and may free meanwhile: half is proof enough.
-        assert!(memory.anonymous_bytes > before + (32 << 20), "{memory:?} after {before}");
+        // Other tests run beside this one, so only what this one holds is known.
+        assert!(memory.anonymous_bytes >= 64 << 20, "{memory:?}");
         assert!(memory.peak_rss_bytes >= 64 << 20);
     }
 }

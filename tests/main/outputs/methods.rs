@@ -258,7 +258,6 @@ fn kfac_cg_reaches_its_tolerance() {
     let world = World::new(3, 12);
     for (out, head, tolerance) in [
         ("default", "merge_method: mats\nsubspace: kfac\nsolver: { method: cg }", 1e-5),
-        ("auto", "merge_method: mats\nsubspace: kfac", 1e-5),
         (
             "loose",
             "merge_method: mats\nsubspace: kfac\nsolver: { method: cg, tolerance: 1.0e-2 }\ninitial: zero",
