@@ -174,9 +174,10 @@ fn pcg_ends_where_plain_cg_is_going() {
         println!("{name}: {found:e} after {:?}, {plain:e} after 100", record.iterations);
         assert!(record.iterations.unwrap() <= 20);
         assert_eq!(record.converged, Some(true));
-        // Its rule stops when a step gains less than 1e-3 of all steps so far.
+        // Its rule stops when a step gains less than 1e-3 of all so far; steps that shrink by a third or more each leave
+        // less than three times that.
         assert!(
-            found <= plain + 1e-3 * (record.objective_initial.unwrap() - plain),
+            found <= plain + 3e-3 * (record.objective_initial.unwrap() - plain),
             "{name}: {found} {plain}"
         );
         solved += 1;
