@@ -150,13 +150,14 @@ impl Problem {
     /// strong preconditioner for more.
     fn two_terms(&self) -> Result<TwoTermInverse, Box<dyn std::error::Error>> {
         let models = self.factors.len();
-        let mean = |pick: fn(&(Vec<f64>, Vec<f64>)) -> &Vec<f64>, range: std::ops::Range<usize>| {
+        type Pick = fn(&(Vec<f64>, Vec<f64>)) -> &Vec<f64>;
+        let mean = |pick: Pick, range: std::ops::Range<usize>| {
             let scale = 1.0 / (range.len() as f64).sqrt();
             let mut sum = vec![0.0; pick(&self.factors[0]).len()];
             self.factors[range].iter().for_each(|f| vector::axpy(scale, pick(f), &mut sum, THREADING));
             sum
         };
-        let pencil = |pick, side| {
+        let pencil = |pick: Pick, side| {
             let mut first = mean(pick, 0..models / 2);
             let mut sum = mean(pick, models / 2..models);
             vector::axpy(1.0, &first, &mut sum, THREADING);

@@ -35,11 +35,14 @@ const PIECE: usize = 4 << 20;
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
+/// One way of merging into the given directory.
+type Run<'a> = dyn Fn(&Path) -> Fallible<()> + 'a;
+
 /// One way to spend the bytes, with the bytes it reads and writes.
 struct Contender<'a> {
     name: &'static str,
     bytes: u64,
-    run: Box<dyn Fn(&Path) -> Fallible<()> + 'a>,
+    run: Box<Run<'a>>,
     best: f64,
 }
 

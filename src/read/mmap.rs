@@ -51,3 +51,23 @@ impl Mapping {
         let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, len) };
     }
 }
+
+/// Makes a fault in a mapped file (it was cut short, or its disk failed) end the process with one line and exit code 74,
+/// where it would otherwise be killed without a word. Temporary output stays; the next run into its directory removes it.
+///
+/// # Errors
+/// Where the handler cannot be installed; mappings work all the same.
+pub fn exit_on_lost_pages() -> io::Result<()> {
+    const LINE: &[u8] =
+        b"mats-stream: error: an input changed or became unreadable while it was mapped (got a bus error, \
+        expected its bytes); nothing was published; try again, or --io pread\n";
+    // SAFETY: the action runs inside a signal handler and may call only what is async-signal-safe: one write(2) from a
+    // constant, and _exit(2). It allocates nothing, takes no lock and does not return.
+    unsafe {
+        signal_hook::low_level::register(signal_hook::consts::SIGBUS, || {
+            let _ = rustix::io::write(rustix::stdio::stderr(), LINE);
+            signal_hook::low_level::exit(i32::from(super::ExitClass::Changed.code()));
+        })
+    }
+    .map(|_| ())
+}

@@ -31,6 +31,7 @@ pub use dtype::{
 };
 pub use file::{Fingerprint, InputFile, IoMode, read_small_file};
 pub use header::{Header, read_header};
+pub use mmap::exit_on_lost_pages;
 
 /// Longest safetensors header that is accepted, in bytes.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;

@@ -63,6 +63,7 @@ impl Signals {
             let _ = signal_hook::flag::register_usize(signal, Arc::clone(&number), signal as usize);
             let _ = signal_hook::flag::register(signal, Arc::clone(&cancel));
         }
+        let _ = crate::read::exit_on_lost_pages();
         // Over the file size limit a write then fails with its reason.
         let _ = signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)));
         Self { cancel, number }

@@ -176,11 +176,12 @@ fn the_kronecker_preconditioner_solves_one_model_at_once_and_several_sooner() {
         let operator = KroneckerSum::new(shape, terms).unwrap();
         let shift = 1e-4;
         let damped = Damped::new(&operator, shift);
-        let basis = |side: usize, pick: &dyn Fn(&(Vec<f64>, Vec<f64>)) -> Vec<f64>| {
+        type Pick = fn(&(Vec<f64>, Vec<f64>)) -> &[f64];
+        let basis = |side: usize, pick: Pick| {
             let mut sum = vec![0.0; side * side];
             for pair in &grams {
                 for (s, v) in sum.iter_mut().zip(pick(pair)) {
-                    *s += v;
+                    *s += *v;
                 }
             }
             let eigen = eigen::Eigen::of(mat(&sum, side, side)).unwrap();
@@ -191,11 +192,11 @@ fn the_kronecker_preconditioner_solves_one_model_at_once_and_several_sooner() {
                     .map(|q| (0..side * side).map(|k| q[k / side] * s[k] * q[k % side]).sum())
                     .collect()
             };
-            let diagonals: Vec<_> = grams.iter().map(|pair| diagonal(&pick(pair))).collect();
+            let diagonals: Vec<_> = grams.iter().map(|pair| diagonal(pick(pair))).collect();
             (Basis::<f64>::new(&eigen.vectors, side, Threading::Sequential), diagonals)
         };
-        let (g, dg) = basis(m, &|pair| pair.0.clone());
-        let (a, da) = basis(n, &|pair| pair.1.clone());
+        let (g, dg) = basis(m, |pair| &pair.0);
+        let (a, da) = basis(n, |pair| &pair.1);
         let mut diagonal = Buffer::zeroed(m * n);
         for (k, d) in diagonal.iter_mut().enumerate() {
             *d = shift + (0..models).map(|i| dg[i][k / n] * da[i][k % n]).sum::<f64>();
