@@ -41,10 +41,12 @@ pub struct DirectMemory {
 }
 
 impl DirectMemory {
-    /// Bytes held for `[out, in]` with `terms` low-rank terms that are formed.
-    pub fn bytes(&self, rows: usize, columns: usize, formed_terms: usize) -> u64 {
+    /// Bytes held for `[out, in]` with terms of these ranks (`None`: full), at their peak.
+    pub fn bytes(&self, rows: usize, columns: usize, ranks: &[Option<usize>]) -> u64 {
         let (n, t) = (columns as u64, self.tile_rows.min(rows) as u64);
-        let panel = PANEL.min(columns.max(rows)) as u64;
+        let low_rank = ranks.iter().any(Option::is_some);
+        let formed_terms = ranks.iter().flatten().filter(|rank| forms_gram(**rank, columns)).count();
+        let longest = ranks.iter().flatten().copied().max().unwrap_or(0);
         let square = n * n * 8;
         let formed = if formed_terms == 0 {
             0
@@ -53,19 +55,27 @@ impl DirectMemory {
         } else {
             square
         };
-        // S; x, right-hand side, displacement and one more for refinement; a streamed panel, its transpose, its product.
-        square
-            + formed
-            + 4 * t * n * 8
-            + 2 * panel * n * 8
-            + 2 * 256 * n * 8
-            + panel * panel.min(t) * 8
-            + if self.eigen { Eigen::SQUARES as u64 * square } else { 0 }
+        let panels = panel_scratch(columns, longest, low_rank) as u64 * 8;
+        let preparing = panels.max(cholesky::scratch_elements(columns) as u64 * 8);
+        // x, right-hand side, displacement and one more for refinement, beside a streamed panel and its product.
+        let solving = 4 * t * n * 8 + panels + product_scratch(rows, low_rank) as u64 * 8;
+        square + formed + preparing.max(solving) + if self.eigen { Eigen::SQUARES as u64 * square } else { 0 }
     }
 }
 
+/// A panel of a full factor, or of a low-rank one and its transpose.
+fn panel_scratch(columns: usize, longest_rank: usize, low_rank: bool) -> usize {
+    let full = PANEL.min(columns) * columns;
+    if low_rank { full.max(2 * PANEL.min(longest_rank) * columns) } else { full }
+}
+
+/// `x·Fᵀ` of a tile of rows.
+fn product_scratch(rows: usize, low_rank: bool) -> usize {
+    if low_rank { PANEL * PANEL.min(rows) } else { 0 }
+}
+
 /// Is `FᵀF` formed (`in²` memory, `2·out·in²` flops to apply) or applied twice (`4·rank·out·in`)?
-pub fn forms_gram(rank: usize, columns: usize) -> bool {
+fn forms_gram(rank: usize, columns: usize) -> bool {
     columns < 2 * rank
 }
 
@@ -159,7 +169,7 @@ impl GramDirect {
             return Ok(direct);
         }
         let mut s = Buffer::<f64>::zeroed(columns * columns);
-        let mut scratch = Buffer::<f64>::zeroed(2 * PANEL.min(columns.max(rows)) * columns);
+        let mut scratch = Buffer::<f64>::zeroed(direct.panel_scratch());
         for k in 0..direct.terms.len() {
             let weight = direct.terms[k].weight;
             if direct.terms[k].forms {
@@ -270,8 +280,8 @@ impl GramDirect {
         }
         let mut rhs = Buffer::<f64>::zeroed(rows * n);
         let mut delta = Buffer::<f64>::zeroed(rows * n);
-        let scratch_len = 2 * PANEL.min(n.max(self.longest_rank())) * n;
-        let mut scratch = Buffer::<f64>::zeroed(scratch_len + PANEL * PANEL.min(rows));
+        let mut scratch =
+            Buffer::<f64>::zeroed(self.panel_scratch() + product_scratch(rows, self.low_rank()));
         let mut extra = Buffer::<f64>::zeroed(rows * n);
         for term in 0..self.terms.len() {
             let DirectTerm { source, weight, ref formed, forms, .. } = self.terms[term];
@@ -371,8 +381,13 @@ impl GramDirect {
         }
     }
 
-    fn longest_rank(&self) -> usize {
-        self.terms.iter().map(|t| t.handle.shape().0).max().unwrap_or(0)
+    fn low_rank(&self) -> bool {
+        self.terms.iter().any(|t| t.handle.is_low_rank())
+    }
+
+    fn panel_scratch(&self) -> usize {
+        let ranks = self.terms.iter().filter(|t| t.handle.is_low_rank()).map(|t| t.handle.shape().0);
+        panel_scratch(self.side, ranks.max().unwrap_or(0), self.low_rank())
     }
 }
 

@@ -16,7 +16,7 @@ mod resolve;
 mod terms;
 mod two_term;
 
-pub use direct::{DirectMemory, forms_gram};
+pub use direct::DirectMemory;
 pub use elementwise::{PIECE, merge_elementwise};
 pub use inputs::{Inputs, ModelInput, SourceId, Tally};
 pub use iterative::{BlockContext, IterativeMemory, SolveOutcome};

@@ -36,7 +36,7 @@ pub(crate) fn read_rows<T: Real>(
     threading: Threading,
 ) -> Result<(), OperatorError> {
     /// Rows that one task reads: small enough to balance, long enough to stream.
-    const PIECE: usize = 64;
+    const PIECE: usize = 128;
     let columns = source.shape().1;
     let read = |first: usize, out: &mut [T]| -> Result<(), OperatorError> {
         let range = first..first + out.len() / columns.max(1);

@@ -6,7 +6,7 @@
 use crate::config::PreconditionerKind;
 use crate::kernel::PANEL;
 use crate::merge::block::{Stage, Strategy, is_elementwise};
-use crate::merge::{DirectMemory, IterativeMemory, forms_gram, two_term_bytes};
+use crate::merge::{DirectMemory, IterativeMemory, two_term_bytes};
 use crate::merge::{GramKind, Inputs, Recipe, Solve, SolverChoice, System};
 use crate::operator::BlockShape;
 use crate::precond::Basis;
@@ -16,9 +16,9 @@ use crate::statistics::{Form, Kind};
 /// One output buffer: encoded values on their way to the writer.
 pub const OUT_BUFFER_BYTES: usize = 512 << 10;
 /// Scratch of one worker: pieces of elementwise work, decode buffers, packed panels of a matrix product, its stack.
-const WORKER_BYTES: u64 = 10 << 20;
+const WORKER_BYTES: u64 = 6 << 20;
 /// Heap that comes and goes: names, reports, channels, the allocator's slack.
-const SLACK_BYTES: u64 = 12 << 20;
+const SLACK_BYTES: u64 = 8 << 20;
 
 /// Output buffers in flight for so many threads.
 pub fn out_buffers(threads: usize) -> usize {
@@ -129,14 +129,9 @@ fn stage_bytes(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, 
         (Stage::Diagonal, _) => 0,
         (Stage::TwoTerm, _) => two_term_bytes(shape) + low_rank_scratch(inputs, tensor, solve, shape) * 8,
         (Stage::Direct(memory), System::Gram(kind)) => {
-            let formed = solve
-                .models
-                .iter()
-                .filter(|model| {
-                    factor_rank(inputs, model.model, tensor, kind, m).is_some_and(|rank| forms_gram(rank, n))
-                })
-                .count();
-            memory.bytes(m, n, formed)
+            let ranks: Vec<_> =
+                solve.models.iter().map(|model| factor_rank(inputs, model.model, tensor, kind, m)).collect();
+            memory.bytes(m, n, &ranks)
         }
         (Stage::Direct(_), _) => 0,
         (Stage::Iterative(memory), system) => {

@@ -6,7 +6,7 @@ use crate::merge::Inputs;
 use crate::plan::Limits;
 
 /// Memory of the program itself before any header is read.
-const PROGRAM_BYTES: u64 = 8 << 20;
+const PROGRAM_BYTES: u64 = 4 << 20;
 /// Parsed headers take up to this many times their size on disk (measured: 4 at 600 000 tensors).
 const METADATA_FACTOR: u64 = 6;
 

@@ -27,6 +27,11 @@ pub struct NotPositive {
     pub row: usize,
 }
 
+/// Values of scratch that [`factorise`] allocates.
+pub const fn scratch_elements(side: usize) -> usize {
+    2 * BLOCK * side
+}
+
 /// Overwrites the lower triangle of row-major `s` `[side, side]` with `L`, `S = L·Lᵀ`. The strict upper triangle is
 /// neither read nor written. Cost: `side³/3` flops.
 ///

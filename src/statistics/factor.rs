@@ -83,15 +83,26 @@ impl GramRows {
                 self.decode(start..start + i + 1, &mut out[k * side..k * side + i + 1], &mut scratch)?;
             }
             // What lies right of the diagonal stands in the rows below: columns `rows` of row j.
-            let mut segment = [T::default(); PANEL];
+            // Sixteen of those at a time, so that a whole cache line of `out` is written at once.
+            const LINES: usize = 16;
+            let mut segments = [T::default(); LINES * PANEL];
             for first in (rows.start..rows.end).step_by(PANEL) {
                 let last = (first + PANEL).min(rows.end);
-                for j in first + 1..side {
-                    let segment = &mut segment[..last.min(j) - first];
-                    let start = self.position(j, first);
-                    self.decode(start..start + segment.len(), segment, &mut scratch)?;
-                    for (k, v) in segment.iter().enumerate() {
-                        out[(first - rows.start + k) * side + j] = *v;
+                for line in (first + 1..side).step_by(LINES) {
+                    let lines = line..(line + LINES).min(side);
+                    for (segment, j) in segments.chunks_exact_mut(PANEL).zip(lines.clone()) {
+                        let segment = &mut segment[..last.min(j) - first];
+                        let start = self.position(j, first);
+                        self.decode(start..start + segment.len(), segment, &mut scratch)?;
+                    }
+                    for i in first..last.min(lines.end - 1) {
+                        // Row i is right of its diagonal from j = i + 1 on.
+                        let columns = lines.start.max(i + 1)..lines.end;
+                        let row = &mut out[(i - rows.start) * side..][columns.clone()];
+                        let from = segments[(columns.start - lines.start) * PANEL + i - first..].iter();
+                        for (v, value) in row.iter_mut().zip(from.step_by(PANEL)) {
+                            *v = *value;
+                        }
                     }
                 }
             }
