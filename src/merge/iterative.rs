@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::diagonal::DiagonalSystem;
 use super::direct::read_difference;
+use super::resolve::input_factors_key;
 use super::terms::{FactorHandle, gram_factor, output_factor};
 use super::{GramKind, Inputs, MergeError, Solve, SolveModel, SolverChoice, System, Tally};
 use crate::config::PreconditionerKind;
@@ -30,8 +31,21 @@ pub struct IterativeMemory {
     pub hold_g: bool,
 }
 
-/// Input factors that several tensors of a unit share, by model, key and off-diagonal scaling.
-pub type SharedFactors = HashMap<(usize, String, u64), Factor<f32>>;
+/// What several tensors of a unit share on their input side.
+#[derive(Default)]
+pub struct SharedFactors {
+    /// Held factors, by model, key and off-diagonal scaling.
+    factors: HashMap<(usize, String, u64), Factor<f32>>,
+    /// The eigenbasis of their weighted sum, by those and the weights.
+    bases: HashMap<String, Diagonalised>,
+}
+
+/// An eigenbasis of `Σ wᵢCᵢ`, and the diagonal of each `wᵢCᵢ` in it.
+#[derive(Clone)]
+struct Diagonalised {
+    basis: Arc<Basis<f32>>,
+    diagonals: Arc<Vec<Vec<f64>>>,
+}
 
 /// What the report says of one solve.
 #[derive(Debug, Clone, PartialEq)]
@@ -136,12 +150,12 @@ fn solve_kfac(
         }
         let diagonals = needs_diagonals.then(|| (a.diagonal(), g.diagonal()));
         let key = super::terms::shared_key(inputs, &model, tensor);
-        let a = match shared.get(&key) {
+        let a = match shared.factors.get(&key) {
             Some(factor) => factor.clone(),
             None => {
                 let factor = a.load(memory.hold_a, threading)?;
                 if memory.hold_a {
-                    shared.insert(key, factor.clone());
+                    shared.factors.insert(key, factor.clone());
                 }
                 factor
             }
@@ -154,11 +168,22 @@ fn solve_kfac(
     let preconditioner = if wants_kronecker(solve) {
         let a: Vec<_> = terms.iter().map(|t| (t.weight * input_scale, &t.a)).collect();
         let g: Vec<_> = terms.iter().map(|t| (t.weight * scale / input_scale, &t.g)).collect();
-        let (a, a_diagonals) = eigenbasis(context, &a, n)?;
-        let (g, g_diagonals) = eigenbasis(context, &g, m)?;
-        let weights: Vec<f64> = terms.iter().map(|t| 1.0 / t.weight).collect();
-        let diagonal = outer_sum(shape, &weights, &g_diagonals, &a_diagonals, shift);
-        Some(Kronecker::new(shape, Some(a), Some(g), diagonal)?)
+        let key = input_factors_key(inputs, tensor, solve).unwrap_or_default();
+        let weights: Vec<f64> = a.iter().map(|(weight, _)| *weight).collect();
+        let key = format!("{key} {weights:?}");
+        let known = shared.bases.get(&key).cloned();
+        let input = || known.map_or_else(|| eigenbasis(context, &a, n), Ok);
+        let output = || eigenbasis(context, &g, m);
+        let (a, g) = match threading {
+            Threading::Sequential => (input(), output()),
+            Threading::Parallel => rayon::join(input, output),
+        };
+        let (a, g) = (a?, g?);
+        shared.bases.insert(key, a.clone());
+        // Either side has the weights in its diagonals.
+        let once: Vec<f64> = terms.iter().map(|t| 1.0 / t.weight).collect();
+        let diagonal = outer_sum(shape, &once, &g.diagonals, &a.diagonals, shift);
+        Some(Kronecker::new(shape, Some(a.basis), Some(g.basis), diagonal)?)
     } else {
         None
     };
@@ -229,10 +254,10 @@ fn solve_gram(
     let shift = solve.ridge * mean * scale;
     let preconditioner = if wants_kronecker(solve) {
         let a: Vec<_> = terms.iter().map(|t| (t.weight, &t.a)).collect();
-        let (basis, diagonals) = eigenbasis(context, &a, n)?;
-        let ones = vec![vec![1.0; m]; diagonals.len()];
-        let diagonal = outer_sum(shape, &vec![1.0; diagonals.len()], &ones, &diagonals, shift);
-        Some(Kronecker::new(shape, Some(basis), None, diagonal)?)
+        let a = eigenbasis(context, &a, n)?;
+        let ones = vec![vec![1.0; m]; a.diagonals.len()];
+        let diagonal = outer_sum(shape, &vec![1.0; a.diagonals.len()], &ones, &a.diagonals, shift);
+        Some(Kronecker::new(shape, Some(a.basis), None, diagonal)?)
     } else {
         None
     };
@@ -362,14 +387,14 @@ fn wants_kronecker(solve: &Solve) -> bool {
     )
 }
 
-/// Eigenbasis of `Σ wᵢCᵢ`, and the diagonal of each `wᵢCᵢ` in it.
+/// Diagonalises `Σ wᵢCᵢ`.
 ///
-/// Cost: one f64 eigendecomposition and one product a model. Memory while it runs: `4·side²` f64.
+/// Cost: one f32 eigendecomposition and one product a model. Memory while it runs: `4·side²` f32.
 fn eigenbasis(
     context: &BlockContext<'_>,
     factors: &[(f64, &Factor<f32>)],
     side: usize,
-) -> Result<(Basis<f32>, Vec<Vec<f64>>), MergeError> {
+) -> Result<Diagonalised, MergeError> {
     let threading = context.threading;
     let need = factors.iter().map(|(_, f)| f.add_scratch()).max().unwrap_or(0);
     let basis = {
@@ -378,14 +403,11 @@ fn eigenbasis(
         for (weight, factor) in factors {
             factor.add_to(&mut sum, *weight, &mut scratch, threading)?;
         }
-        let mut wide = Buffer::<f64>::zeroed(side * side);
-        for (wide, v) in wide.iter_mut().zip(sum.iter()) {
-            *wide = f64::from(*v);
-        }
-        drop((sum, scratch));
+        drop(scratch);
         let failed = |source| MergeError::Eigen { tensor: context.tensor.to_owned(), source };
-        let eigen = Eigen::of(mat(&wide, side, side)).map_err(failed)?;
-        Basis::new(&eigen.vectors, side, threading)
+        let eigen = Eigen::<f32>::of(mat(&sum, side, side)).map_err(failed)?;
+        drop(sum);
+        Basis::new(eigen.vectors, side, threading)
     };
     let need = factors.iter().map(|(_, f)| f.right_scratch(PANEL.min(side))).max().unwrap_or(0);
     let mut scratch = Buffer::<f32>::zeroed(need);
@@ -403,7 +425,7 @@ fn eigenbasis(
         }
         diagonals.push(diagonal);
     }
-    Ok((basis, diagonals))
+    Ok(Diagonalised { basis: Arc::new(basis), diagonals: Arc::new(diagonals) })
 }
 
 /// `Σ wᵢ gᵢ aᵢᵀ + shift`, row-major `[out, in]`.

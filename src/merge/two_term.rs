@@ -23,7 +23,7 @@ const REFINE_STEPS: usize = 200;
 pub fn memory_bytes(shape: BlockShape) -> u64 {
     let (m, n) = (shape.out_features as u64, shape.in_features as u64);
     let side = m.max(n);
-    let building = (Eigen::SQUARES as u64 + 4) * side * side;
+    let building = (Eigen::<f64>::SQUARES as u64 + 4) * side * side;
     let vectors = 2 * (m * m + n * n);
     // x, r, d, p, q, z, and the scratch of operator and preconditioner.
     let blocks = 8 * m * n;

@@ -144,7 +144,7 @@ fn stage_bytes(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, 
             };
             let preconditioner = match (preconditioner, system) {
                 (Some(PreconditionerKind::Kronecker), System::Kfac) => {
-                    bases_bytes(m) + bases_bytes(n) + setup_bytes(m.max(n))
+                    bases_bytes(m) + bases_bytes(n) + setup_bytes(m) + setup_bytes(n)
                 }
                 (Some(PreconditionerKind::Kronecker), System::Gram(_)) => bases_bytes(n) + setup_bytes(n),
                 _ => 0,
@@ -173,9 +173,9 @@ fn bases_bytes(side: usize) -> u64 {
     (Basis::<f32>::SQUARES * side * side) as u64 * 4
 }
 
-/// What an f64 eigendecomposition of one side holds while a preconditioner is set up.
+/// What an f32 eigendecomposition of one side holds while a preconditioner is set up; both sides run at once.
 fn setup_bytes(side: usize) -> u64 {
-    ((Eigen::SQUARES + 1) * side * side) as u64 * 8 + 3 * (PANEL * side) as u64 * 4
+    ((Eigen::<f32>::SQUARES + 1) * side * side) as u64 * 4 + 3 * (PANEL * side) as u64 * 4
 }
 
 /// Rank of a factor stored as `F`, `None` where it is a full or packed Gram.

@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use faer::prelude::ReborrowMut;
 
 use super::Preconditioner;
@@ -19,12 +21,8 @@ pub struct Basis<T: Real> {
 }
 
 impl<T: Real> Basis<T> {
-    /// From `Qᵀ` in f64, row-major `[side, side]`.
-    pub fn new(vectors: &[f64], side: usize, threading: Threading) -> Self {
-        let mut rows = Buffer::<T>::zeroed(side * side);
-        for (out, v) in rows.iter_mut().zip(vectors) {
-            *out = T::from_f64(*v);
-        }
+    /// From `Qᵀ`, row-major `[side, side]`.
+    pub fn new(rows: Buffer<T>, side: usize, threading: Threading) -> Self {
         let mut columns = Buffer::<T>::zeroed(side * side);
         transpose(&rows, side, side, &mut columns, threading);
         Self { rows, columns, side }
@@ -51,8 +49,8 @@ impl<T: Real> Basis<T> {
 #[derive(Debug)]
 pub struct Kronecker<T: Real> {
     shape: BlockShape,
-    a: Option<Basis<T>>,
-    g: Option<Basis<T>>,
+    a: Option<Arc<Basis<T>>>,
+    g: Option<Arc<Basis<T>>>,
     inverse: Buffer<T>,
 }
 
@@ -63,8 +61,8 @@ impl<T: Real> Kronecker<T> {
     /// [`OperatorError::ShapeMismatch`] where a length does not fit the block.
     pub fn new(
         shape: BlockShape,
-        a: Option<Basis<T>>,
-        g: Option<Basis<T>>,
+        a: Option<Arc<Basis<T>>>,
+        g: Option<Arc<Basis<T>>>,
         mut diagonal: Buffer<T>,
     ) -> Result<Self, OperatorError> {
         for (what, got, expected) in [

@@ -6,7 +6,7 @@ use faer::linalg::evd::{ComputeEigenvectors, self_adjoint_evd, self_adjoint_evd_
 use faer::prelude::ReborrowMut;
 use faer::{MatRef, Par};
 
-use crate::kernel::{Buffer, Threading, gemm, mat, mat_mut};
+use crate::kernel::{Buffer, Real, Threading, gemm, mat, mat_mut};
 
 /// Eigenvalues below this fraction of the largest are null directions: f64 noise of a matrix stored in f32.
 pub const EIGENVALUE_FLOOR: f64 = 1e-10;
@@ -31,17 +31,17 @@ pub struct NoConvergence {
     pub side: usize,
 }
 
-/// `S = Q·Λ·Qᵀ`.
+/// `S = Q·Λ·Qᵀ`, in f64 for direct solves; f32 is enough for, and half the price of, a preconditioner's basis.
 #[derive(Debug)]
-pub struct Eigen {
+pub struct Eigen<T: Real = f64> {
     /// Ascending.
     pub values: Vec<f64>,
     /// Row-major `[side, side]`; row k is the k-th eigenvector, so this is `Qᵀ`.
-    pub vectors: Buffer<f64>,
+    pub vectors: Buffer<T>,
 }
 
-impl Eigen {
-    /// f64 values that [`Eigen::of`] allocates besides its argument, per `side²`: vectors and faer's scratch.
+impl<T: Real> Eigen<T> {
+    /// Values that [`Eigen::of`] allocates besides its argument, per `side²`: vectors and faer's scratch.
     pub const SQUARES: usize = 3;
 
     /// Decomposes a symmetric row-major `[side, side]` matrix, of which the lower triangle is read.
@@ -50,12 +50,12 @@ impl Eigen {
     ///
     /// # Errors
     /// [`NoConvergence`] on values that are not finite.
-    pub fn of(s: MatRef<'_, f64>) -> Result<Self, NoConvergence> {
+    pub fn of(s: MatRef<'_, T>) -> Result<Self, NoConvergence> {
         let side = s.nrows();
-        let mut values = faer::Col::<f64>::zeros(side);
-        let mut vectors = Buffer::<f64>::zeroed(side * side);
+        let mut values = faer::Col::<T>::zeros(side);
+        let mut vectors = Buffer::<T>::zeroed(side * side);
         let scratch =
-            self_adjoint_evd_scratch::<f64>(side, ComputeEigenvectors::Yes, Par::Seq, Default::default());
+            self_adjoint_evd_scratch::<T>(side, ComputeEigenvectors::Yes, Par::Seq, Default::default());
         let mut memory = MemBuffer::new(scratch);
         self_adjoint_evd(
             s,
@@ -67,9 +67,11 @@ impl Eigen {
             Default::default(),
         )
         .map_err(|_| NoConvergence { side })?;
-        Ok(Self { values: values.iter().copied().collect(), vectors })
+        Ok(Self { values: values.iter().map(|v| v.to_f64()).collect(), vectors })
     }
+}
 
+impl Eigen<f64> {
     /// `R ← R·S⁺` for row-major `r` `[rows, side]`: directions below [`EIGENVALUE_FLOOR`] give zero.
     /// `t` is scratch of `r`'s length.
     pub fn solve_right(&self, r: &mut [f64], t: &mut [f64], threading: Threading) {

@@ -193,7 +193,7 @@ fn the_kronecker_preconditioner_solves_one_model_at_once_and_several_sooner() {
                     .collect()
             };
             let diagonals: Vec<_> = grams.iter().map(|pair| diagonal(pick(pair))).collect();
-            (Basis::<f64>::new(&eigen.vectors, side, Threading::Sequential), diagonals)
+            (std::sync::Arc::new(Basis::new(eigen.vectors, side, Threading::Sequential)), diagonals)
         };
         let (g, dg) = basis(m, |pair| &pair.0);
         let (a, da) = basis(n, |pair| &pair.1);
