@@ -10,7 +10,7 @@ use super::resolve::input_factors_key;
 use super::terms::{FactorHandle, gram_factor, output_factor};
 use super::{GramKind, Inputs, MergeError, Solve, SolveModel, SolverChoice, System, Tally};
 use crate::config::PreconditionerKind;
-use crate::kernel::{Buffer, PANEL, Threading, mat, mat_mut, panels, vector};
+use crate::kernel::{Buffer, PANEL, Real, Threading, mat, mat_mut, panels, vector};
 use crate::operator::{
     BlockShape, Damped, Diagonal, Factor, GramSum, GramTerm, KroneckerSum, KroneckerTerm, LinearOperator,
     OperatorSum, Workspace,
@@ -346,28 +346,14 @@ fn iterate(
     x0: &[f32],
     d: &mut [f32],
 ) -> Result<SolveOutcome, MergeError> {
-    let BlockContext { inputs, tensor, shape, threading, tally, .. } = *context;
+    let BlockContext { shape, threading, .. } = *context;
     let scratch = preconditioner.as_ref().map_or(0, |p| p.scratch_elements());
     let mut workspace = Workspace::new(operator.scratch_elements().max(scratch), threading);
     let mut r = Buffer::<f32>::zeroed(shape.elements());
     let mut p = Buffer::<f32>::zeroed(shape.elements());
     let mut q = Buffer::<f32>::zeroed(shape.elements());
-    // Residual and objective at `x`: one application of the operator, term by term.
-    let residual = |x: &[f32], r: &mut [f32], p: &mut [f32], workspace: &mut Workspace<f32>| {
-        let mut objective = 0.0;
-        r.fill(0.0);
-        for (term, model) in models.iter().enumerate() {
-            let meta = inputs
-                .tensor(model.source, tensor)
-                .expect("a recipe names a checkpoint only where it has the tensor");
-            read_difference(inputs, model.source, meta, 0, x, p, threading, tally)?;
-            let before = vector::dot(p, r, threading);
-            operator.accumulate_term(term, p, r, workspace)?;
-            objective += vector::dot(p, r, threading) - before;
-        }
-        Ok::<f64, MergeError>(objective / scale)
-    };
-    let objective_initial = residual(x0, &mut r, &mut p, &mut workspace)?;
+    let objective_initial =
+        residual_at(context, operator, models, x0, &mut r, &mut p, &mut workspace)? / scale;
     operator.apply(x0, &mut q, &mut workspace)?;
     let rhs_norm = vector::squared_norm_of_sum(&r, &q, threading).sqrt();
     drop((p, q));
@@ -376,8 +362,34 @@ fn iterate(
     let mut x = Buffer::<f32>::zeroed(shape.elements());
     x.copy_from_slice(x0);
     vector::axpy(1.0, d, &mut x, threading);
-    let objective = residual(&x, &mut r, &mut p, &mut workspace)?;
+    let objective = residual_at(context, operator, models, &x, &mut r, &mut p, &mut workspace)? / scale;
     Ok(finish(outcome, &start, objective, &mut r, d, threading))
+}
+
+/// `r ← Σ Cᵢ(θᵢ - x)`, and the objective `Σ ⟨θᵢ-x, Cᵢ(θᵢ-x)⟩`, both in the operator's scaling: one application, term by
+/// term. `p` is scratch.
+pub(super) fn residual_at<T: Real>(
+    context: &BlockContext<'_>,
+    operator: &dyn OperatorSum<T>,
+    models: &[SolveModel],
+    x: &[T],
+    r: &mut [T],
+    p: &mut [T],
+    workspace: &mut Workspace<T>,
+) -> Result<f64, MergeError> {
+    let BlockContext { inputs, tensor, threading, tally, .. } = *context;
+    let mut objective = 0.0;
+    r.fill(T::default());
+    for (term, model) in models.iter().enumerate() {
+        let meta = inputs
+            .tensor(model.source, tensor)
+            .expect("a recipe names a checkpoint only where it has the tensor");
+        read_difference(inputs, model.source, meta, 0, x, p, threading, tally)?;
+        let before = vector::dot(p, r, threading);
+        operator.accumulate_term(term, p, r, workspace)?;
+        objective += vector::dot(p, r, threading) - before;
+    }
+    Ok(objective)
 }
 
 fn wants_kronecker(solve: &Solve) -> bool {

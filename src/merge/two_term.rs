@@ -1,13 +1,13 @@
 //! K-FAC merging of at most two models, exactly: two generalised eigendecompositions instead of iterations.
 
-use super::direct::read_difference;
-use super::iterative::{BlockContext, SolveOutcome, kfac_handles, mean_diagonal, power_of_two_scale};
+use super::iterative::{
+    BlockContext, SolveOutcome, kfac_handles, mean_diagonal, power_of_two_scale, residual_at,
+};
 use super::terms::FactorHandle;
 use super::{MergeError, Solve};
 use crate::kernel::{Buffer, Threading, vector};
 use crate::operator::{
-    BlockShape, Damped, Factor, KroneckerSum, KroneckerTerm, LinearOperator, OperatorError, OperatorSum,
-    Workspace,
+    BlockShape, Damped, Factor, KroneckerSum, KroneckerTerm, LinearOperator, OperatorError, Workspace,
 };
 use crate::precond::Preconditioner;
 use crate::solve::eigen::{Eigen, Pencil, TwoTermInverse};
@@ -40,7 +40,7 @@ pub fn solve_block(
     solve: &Solve,
     x: &mut [f64],
 ) -> Result<SolveOutcome, MergeError> {
-    let BlockContext { inputs, tensor, shape, threading, tally, .. } = *context;
+    let BlockContext { tensor, shape, threading, .. } = *context;
     let (m, n) = (shape.out_features, shape.in_features);
     let handles = kfac_handles(context, solve)?;
     let mean = mean_diagonal(shape, &handles);
@@ -79,21 +79,9 @@ pub fn solve_block(
 
     let mut r = Buffer::<f64>::zeroed(m * n);
     let mut p = Buffer::<f64>::zeroed(m * n);
-    let residual = |x: &[f64], r: &mut [f64], p: &mut [f64], workspace: &mut Workspace<f64>| {
-        let mut objective = 0.0;
-        r.fill(0.0);
-        for (term, (model, _, _)) in handles.iter().enumerate() {
-            let meta = inputs
-                .tensor(model.source, tensor)
-                .expect("a recipe names a checkpoint only where it has the tensor");
-            read_difference(inputs, model.source, meta, 0, x, p, threading, tally)?;
-            let before = vector::dot(p, r, threading);
-            operator.accumulate_term(term, p, r, workspace)?;
-            objective += vector::dot(p, r, threading) - before;
-        }
-        Ok::<f64, MergeError>(objective / scale)
-    };
-    outcome.objective_initial = residual(x, &mut r, &mut p, &mut workspace)?;
+    let models: Vec<_> = handles.iter().map(|(model, _, _)| model.clone()).collect();
+    outcome.objective_initial =
+        residual_at(context, &operator, &models, x, &mut r, &mut p, &mut workspace)? / scale;
     operator.apply(x, &mut p, &mut workspace)?;
     let rhs_norm = vector::squared_norm_of_sum(&r, &p, threading).sqrt();
     let relative = |norm: f64| if norm == 0.0 { 0.0 } else { norm / rhs_norm };
@@ -127,7 +115,7 @@ pub fn solve_block(
         outcome.flops += damped.flops() * cg.iterations as f64;
     }
     vector::axpy(1.0, &d, x, threading);
-    let objective = residual(x, &mut r, &mut p, &mut workspace)?;
+    let objective = residual_at(context, &operator, &models, x, &mut r, &mut p, &mut workspace)? / scale;
     vector::axpy(-shift, &d, &mut r, threading);
     outcome.final_relative_residual = Some(relative(vector::dot(&r, &r, threading).sqrt()));
     outcome.objective_final = objective + shift / scale * vector::dot(&d, &d, threading);

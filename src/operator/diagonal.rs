@@ -1,6 +1,8 @@
 //! Operators without coupling: the identity and a diagonal Fisher.
 
-use super::{BlockShape, LinearOperator, OperatorError, OperatorSum, Properties, Workspace, check};
+use super::{
+    BlockShape, LinearOperator, OperatorError, OperatorSum, Properties, Workspace, apply_terms, check,
+};
 use crate::kernel::{Buffer, Real};
 
 /// `Y = w · X`, the Cᵢ of plain averaging, summed over the models.
@@ -90,12 +92,7 @@ impl<T: Real> LinearOperator<T> for Diagonal<T> {
         2.0 * self.terms.len() as f64 * self.shape.elements() as f64
     }
     fn apply(&self, x: &[T], y: &mut [T], workspace: &mut Workspace<T>) -> Result<(), OperatorError> {
-        check("y", y, self.shape)?;
-        y.fill(T::default());
-        for term in 0..self.terms.len() {
-            self.accumulate_term(term, x, y, workspace)?;
-        }
-        Ok(())
+        apply_terms(self, x, y, workspace)
     }
     fn diagonal(&self, d: &mut [T]) -> Result<(), OperatorError> {
         check("diagonal", d, self.shape)?;

@@ -2,7 +2,9 @@
 
 use faer::prelude::ReborrowMut;
 
-use super::{BlockShape, Factor, LinearOperator, OperatorError, OperatorSum, Properties, Workspace, check};
+use super::{
+    BlockShape, Factor, LinearOperator, OperatorError, OperatorSum, Properties, Workspace, apply_terms, check,
+};
 use crate::kernel::{PANEL, Real, mat, mat_mut, panels};
 
 /// One model's `wᵢ · X Aᵢ`.
@@ -104,14 +106,9 @@ impl<T: Real> LinearOperator<T> for GramSum<T> {
         }
     }
     fn apply(&self, x: &[T], y: &mut [T], workspace: &mut Workspace<T>) -> Result<(), OperatorError> {
+        let Some(s) = &self.formed else { return apply_terms(self, x, y, workspace) };
         y.fill(T::default());
-        if let Some(s) = &self.formed {
-            return self.multiply(s, 1.0, x, y, workspace);
-        }
-        for term in 0..self.terms.len() {
-            self.accumulate_term(term, x, y, workspace)?;
-        }
-        Ok(())
+        self.multiply(s, 1.0, x, y, workspace)
     }
     fn diagonal(&self, d: &mut [T]) -> Result<(), OperatorError> {
         check("diagonal", d, self.shape)?;

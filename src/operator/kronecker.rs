@@ -2,7 +2,9 @@
 
 use faer::prelude::ReborrowMut;
 
-use super::{BlockShape, Factor, LinearOperator, OperatorError, OperatorSum, Properties, Workspace, check};
+use super::{
+    BlockShape, Factor, LinearOperator, OperatorError, OperatorSum, Properties, Workspace, apply_terms, check,
+};
 use crate::kernel::{PANEL, Real, mat, mat_mut, panels};
 
 /// One model's block-diagonal Fisher `wᵢ · Gᵢ X Aᵢ`.
@@ -89,12 +91,7 @@ impl<T: Real> LinearOperator<T> for KroneckerSum<T> {
         self.terms.iter().map(|t| t.a.flops(out_features) + t.g.flops(in_features)).sum()
     }
     fn apply(&self, x: &[T], y: &mut [T], workspace: &mut Workspace<T>) -> Result<(), OperatorError> {
-        check("y", y, self.shape)?;
-        y.fill(T::default());
-        for term in 0..self.terms.len() {
-            self.accumulate_term(term, x, y, workspace)?;
-        }
-        Ok(())
+        apply_terms(self, x, y, workspace)
     }
     fn diagonal(&self, d: &mut [T]) -> Result<(), OperatorError> {
         check("diagonal", d, self.shape)?;

@@ -159,6 +159,18 @@ pub trait OperatorSum<T: Real>: LinearOperator<T> {
     ) -> Result<(), OperatorError>;
 }
 
+/// `y ← Σᵢ Cᵢ·x`, term by term.
+fn apply_terms<T: Real>(
+    sum: &(impl OperatorSum<T> + ?Sized),
+    x: &[T],
+    y: &mut [T],
+    workspace: &mut Workspace<T>,
+) -> Result<(), OperatorError> {
+    check("y", y, sum.shape())?;
+    y.fill(T::default());
+    (0..sum.terms()).try_for_each(|term| sum.accumulate_term(term, x, y, workspace))
+}
+
 fn check<T>(what: &'static str, v: &[T], shape: BlockShape) -> Result<(), OperatorError> {
     if v.len() == shape.elements() {
         Ok(())

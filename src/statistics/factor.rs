@@ -200,14 +200,7 @@ impl GramRows {
     }
 
     fn bad_value(&self, row: usize, column: usize, got: f64, expected: &'static str) -> StatisticsError {
-        StatisticsError::BadValue {
-            path: self.statistics.path_of(&self.statistic).to_path_buf(),
-            key: self.statistic.key.clone(),
-            row,
-            column,
-            got,
-            expected,
-        }
+        bad_value(&self.statistics, &self.statistic, (row, column), got, expected)
     }
 }
 
@@ -285,14 +278,7 @@ impl FactorRows {
     }
 
     fn bad_value(&self, row: usize, column: usize, got: f64, expected: &'static str) -> StatisticsError {
-        StatisticsError::BadValue {
-            path: self.statistics.path_of(&self.statistic).to_path_buf(),
-            key: self.statistic.key.clone(),
-            row,
-            column,
-            got,
-            expected,
-        }
+        bad_value(&self.statistics, &self.statistic, (row, column), got, expected)
     }
 
     fn read<T: Real>(&self, rows: Range<usize>, out: &mut [T]) -> Result<(), StatisticsError> {
@@ -318,6 +304,17 @@ impl RowSource for FactorRows {
     fn read_f64(&self, rows: Range<usize>, out: &mut [f64]) -> Result<(), OperatorError> {
         self.read(rows, out).map_err(boxed)
     }
+}
+
+fn bad_value(
+    statistics: &ModelStatistics,
+    statistic: &Statistic,
+    (row, column): (usize, usize),
+    got: f64,
+    expected: &'static str,
+) -> StatisticsError {
+    let path = statistics.path_of(statistic).to_path_buf();
+    StatisticsError::BadValue { path, key: statistic.key.clone(), row, column, got, expected }
 }
 
 fn decode<T: Real>(
