@@ -1,7 +1,7 @@
 //! Blocked f64 Cholesky on a row-major buffer, the same bits for any number of threads.
 //!
 //! faer factors the diagonal blocks and solves the triangles sequentially; the products between them, where the flops
-//! are, go through the fixed grid of `kernel::gemm`. (faer's own parallel Cholesky barely scales to two threads.)
+//! are, go through the fixed grid of `kernel::gemm`.
 
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{LltRegularization, cholesky_in_place, cholesky_in_place_scratch};
