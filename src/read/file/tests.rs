@@ -1,7 +1,7 @@
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::*;
 use crate::read::ExitClass;
@@ -10,9 +10,8 @@ use crate::read::testing::{directory, write};
 const MODES: [IoMode; 2] = [IoMode::Mmap, IoMode::Pread];
 
 fn open_error(path: &Path) -> ReadError {
-    let start = Instant::now();
+    // A FIFO or a device that was waited for would hang here.
     let [mapped, pread] = MODES.map(|io| InputFile::open(path, io).expect_err("must be refused"));
-    assert!(start.elapsed() < Duration::from_secs(1), "{mapped} took {:?}", start.elapsed());
     assert_eq!(mapped.to_string(), pread.to_string());
     assert_eq!(mapped.exit_class(), ExitClass::BadInput);
     mapped
