@@ -195,8 +195,6 @@ pub struct RoundReport {
     /// As in [`ParameterReport::ridge`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ridge: Option<f64>,
-    /// Time spent on it, in seconds.
-    pub seconds: f64,
 }
 
 /// Why a run's record cannot be read back.
@@ -287,7 +285,7 @@ mod tests {
             converged: Some(false),
             seconds: 1.5,
             bytes_read: 7,
-            rounds: vec![RoundReport { method: "direct".into(), seconds: 0.25, ..Default::default() }],
+            rounds: vec![RoundReport { method: "direct".into(), ..Default::default() }],
             ..Default::default()
         };
         let averaged = ParameterReport { method: "average".into(), seconds: 0.1, ..Default::default() };

@@ -308,23 +308,20 @@ fn parameter(planned: &BlockPlan, block: &BlockReport) -> ParameterReport {
         return parameter;
     };
     parameter.method = recipe.method.to_owned();
-    let rounds =
-        recipe.solves.iter().zip(&block.outcomes).map(|(solve, outcome)| (solve, round(solve, outcome)));
-    for (k, (_, round)) in rounds.enumerate() {
-        if k + 1 == recipe.solves.len() {
-            parameter.solver = Some(round.method);
-            parameter.subspace = round.subspace;
-            parameter.iterations = round.iterations;
-            parameter.stop_reason = round.stop_reason;
-            parameter.initial_relative_residual = round.initial_relative_residual;
-            parameter.final_relative_residual = round.final_relative_residual;
-            parameter.objective_initial = round.objective_initial;
-            parameter.objective_final = round.objective_final;
-            parameter.converged = round.converged;
-            parameter.ridge = round.ridge;
-        } else {
-            parameter.rounds.push(round);
-        }
+    parameter.rounds =
+        recipe.solves.iter().zip(&block.outcomes).map(|(solve, outcome)| round(solve, outcome)).collect();
+    // The last round is the parameter's own.
+    if let Some(last) = parameter.rounds.pop() {
+        parameter.solver = Some(last.method);
+        parameter.subspace = last.subspace;
+        parameter.iterations = last.iterations;
+        parameter.stop_reason = last.stop_reason;
+        parameter.initial_relative_residual = last.initial_relative_residual;
+        parameter.final_relative_residual = last.final_relative_residual;
+        parameter.objective_initial = last.objective_initial;
+        parameter.objective_final = last.objective_final;
+        parameter.converged = last.converged;
+        parameter.ridge = last.ridge;
     }
     parameter
 }
@@ -341,7 +338,6 @@ fn round(solve: &crate::merge::Solve, outcome: &SolveOutcome) -> RoundReport {
         objective_final: Some(outcome.objective_final),
         converged: Some(outcome.stop.converged()),
         ridge: (solve.ridge > 0.0).then_some(solve.ridge),
-        ..RoundReport::default()
     }
 }
 
