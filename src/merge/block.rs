@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::diagonal::{DiagonalOutcome, DiagonalSystem};
 use super::direct::{DirectMemory, DirectOutcome, GramDirect};
 use super::elementwise::Scratch;
-use super::iterative::{BlockContext, IterativeMemory, SharedFactors, SolveOutcome};
+use super::iterative::{BlockContext, IterativeMemory, SharedFactors, SolveDetail, SolveOutcome};
 use super::resolve::gram_key;
 use super::{
     MergeError, PIECE, Recipe, Solve, SolverChoice, Start, System, iterative, merge_elementwise, two_term,
@@ -345,6 +345,7 @@ fn elementwise_outcome<'p>(pieces: impl Iterator<Item = &'p DiagonalOutcome>) ->
         objective_initial: initial,
         objective_final: (initial - decrease).max(0.0),
         flops: 0.0,
+        detail: SolveDetail::default(),
     }
 }
 
@@ -473,6 +474,7 @@ fn direct_outcome(gram: &GramDirect, parts: &[DirectOutcome]) -> SolveOutcome {
         objective_initial: initial,
         objective_final: (initial - decrease).max(0.0),
         flops: 0.0,
+        detail: SolveDetail::default(),
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::diagonal::DiagonalSystem;
 use super::direct::read_difference;
@@ -16,6 +17,7 @@ use crate::operator::{
     OperatorSum, Workspace,
 };
 use crate::precond::{Basis, Jacobi, Kronecker, NoPreconditioner, Preconditioner};
+use crate::report::{SetupReport, StepReport};
 use crate::solve::eigen::Eigen;
 use crate::solve::{
     Any, Cancelled, CgVectors, IterationRecord, MaxIterations, ObjectiveDecrease, RelativeResidual,
@@ -64,6 +66,21 @@ pub struct SolveOutcome {
     pub objective_final: f64,
     /// Flops spent in operators.
     pub flops: f64,
+    /// How it went.
+    pub detail: SolveDetail,
+}
+
+/// How a solve went: empty where it has no steps and no setup.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct SolveDetail {
+    /// As written in a config.
+    pub preconditioner: Option<&'static str>,
+    /// What preconditioner or factorisation took.
+    pub setup: Option<SetupReport>,
+    /// In the iterations.
+    pub solve_seconds: Option<f64>,
+    /// One entry a step, the first before any.
+    pub history: Vec<StepReport>,
 }
 
 /// One block's data and surroundings.
@@ -117,6 +134,7 @@ fn zero_operator() -> SolveOutcome {
         objective_initial: 0.0,
         objective_final: 0.0,
         flops: 0.0,
+        detail: SolveDetail::default(),
     }
 }
 
@@ -491,6 +509,8 @@ fn run(
     }
     rule.0.push(Box::new(MaxIterations(max_iterations)));
     let vectors = CgVectors { d, r, p: &mut p, q: &mut q, z: &mut z };
+    let mut history = Vec::new();
+    let started = Instant::now();
     let outcome = conjugate_gradients(
         &damped,
         preconditioner.as_ref(),
@@ -498,8 +518,15 @@ fn run(
         &solve_start,
         &mut rule,
         workspace,
-        &mut |step| (context.observe)(step),
+        &mut |step| {
+            history.push(StepReport {
+                relative_residual: step.relative_residual,
+                objective: start.objective_initial - step.total_decrease / start.scale,
+            });
+            (context.observe)(step);
+        },
     )?;
+    let solve_seconds = Some(started.elapsed().as_secs_f64());
     if outcome.stop == StopReason::Cancelled {
         return Err(MergeError::Cancelled);
     }
@@ -513,6 +540,12 @@ fn run(
             objective_initial: start.objective_initial,
             objective_final: start.objective_initial - outcome.total_decrease / start.scale,
             flops: start.flops + damped.flops() * outcome.iterations as f64,
+            detail: SolveDetail {
+                preconditioner: (!preconditioner.is_identity()).then(|| preconditioner.name()),
+                setup: None,
+                solve_seconds,
+                history,
+            },
         },
         p,
     ))

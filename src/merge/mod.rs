@@ -19,7 +19,7 @@ mod two_term;
 pub use direct::DirectMemory;
 pub use elementwise::{PIECE, merge_elementwise};
 pub use inputs::{Inputs, ModelInput, SourceId, Tally};
-pub use iterative::{BlockContext, IterativeMemory, SolveOutcome};
+pub use iterative::{BlockContext, IterativeMemory, SolveDetail, SolveOutcome};
 pub use recipe::{GramKind, Recipe, Solve, SolveModel, SolverChoice, Start, System};
 pub use resolve::{LayerPosition, Resolution, resolve};
 pub(crate) use resolve::{gram_key, input_factors_key, statistics_keys};

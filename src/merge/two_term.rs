@@ -1,7 +1,7 @@
 //! K-FAC merging of at most two models, exactly: two generalised eigendecompositions instead of iterations.
 
 use super::iterative::{
-    BlockContext, SolveOutcome, kfac_handles, mean_diagonal, power_of_two_scale, residual_at,
+    BlockContext, SolveDetail, SolveOutcome, kfac_handles, mean_diagonal, power_of_two_scale, residual_at,
 };
 use super::terms::FactorHandle;
 use super::{MergeError, Solve};
@@ -52,6 +52,7 @@ pub fn solve_block(
         objective_initial: 0.0,
         objective_final: 0.0,
         flops: 0.0,
+        detail: SolveDetail::default(),
     };
     if mean == 0.0 {
         return Ok(outcome);

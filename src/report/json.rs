@@ -148,6 +148,18 @@ pub struct ParameterReport {
     /// The ridge ρ in force.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ridge: Option<f64>,
+    /// The preconditioner, where there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preconditioner: Option<String>,
+    /// What making it took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub setup: Option<SetupReport>,
+    /// Seconds in the iterations or the factorised solve, setup and reading aside.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub solve_seconds: Option<f64>,
+    /// Convergence, one entry a step, the first before any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub history: Vec<StepReport>,
     /// Time spent on it, in seconds.
     pub seconds: f64,
     /// Bytes read for it.
@@ -161,6 +173,26 @@ pub struct ParameterReport {
     /// The rounds before the last, where `initial` was a config of its own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rounds: Vec<RoundReport>,
+}
+
+/// What a preconditioner or a factorisation took before the first step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SetupReport {
+    /// Wall time, reading included.
+    pub seconds: f64,
+    /// Floating-point operations, as counted.
+    pub flops: f64,
+    /// Bytes it holds while the solve runs.
+    pub bytes: u64,
+}
+
+/// One step of an iterative solve.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StepReport {
+    /// Of the recurrence, relative to `‖b‖`.
+    pub relative_residual: f64,
+    /// Objective after the step, ridge term included.
+    pub objective: f64,
 }
 
 /// A round that only prepared the next one's initial guess.

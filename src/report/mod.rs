@@ -13,7 +13,7 @@ pub mod units;
 pub use card::{CardModel, ModelCard};
 pub use json::{
     FILE_NAME as REPORT_FILE, InputFileRecord, InputRecord, OutputFileRecord, ParameterReport, ReportError,
-    RoundReport, RunReport, RunSettings, UnmergedRecord,
+    RoundReport, RunReport, RunSettings, SetupReport, StepReport, UnmergedRecord,
 };
 pub use peak::{PeakMemory, anonymous_bytes, peak_memory, peak_rss_bytes};
 pub use progress::{Progress, ProgressMode};

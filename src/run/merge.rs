@@ -11,7 +11,7 @@ use super::resources::{available_memory, limits, metadata_bytes};
 use crate::cli::{MergeArgs, Nonfinite};
 use crate::config::MergeConfig;
 use crate::error::Error;
-use crate::merge::{Inputs, MergeError, SolveOutcome};
+use crate::merge::{Inputs, MergeError, SolveDetail, SolveOutcome};
 use crate::plan::{Action, BlockPlan, Limits, MergePlan};
 use crate::read::{InputFile, IoMode};
 use crate::report::{
@@ -322,6 +322,13 @@ fn parameter(planned: &BlockPlan, block: &BlockReport) -> ParameterReport {
         parameter.objective_final = last.objective_final;
         parameter.converged = last.converged;
         parameter.ridge = last.ridge;
+    }
+    if let Some(last) = block.outcomes.last() {
+        let SolveDetail { preconditioner, setup, solve_seconds, history } = &last.detail;
+        parameter.preconditioner = preconditioner.map(str::to_owned);
+        parameter.setup = *setup;
+        parameter.solve_seconds = *solve_seconds;
+        parameter.history.clone_from(history);
     }
     parameter
 }
