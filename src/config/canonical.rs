@@ -44,7 +44,15 @@ fn write_round(round: &Round, out: &mut String, prefix: &str) {
     if let Some(max_iterations) = solver.max_iterations {
         let _ = writeln!(out, "{prefix}solver.max_iterations = {max_iterations}");
     }
-    for (name, number) in [("tolerance", solver.tolerance), ("ridge", solver.ridge)] {
+    let stop = solver.stop.unwrap_or_default();
+    for (name, number) in [
+        ("tolerance", solver.tolerance),
+        ("ridge", solver.ridge),
+        ("stop.objective_decrease", stop.objective_decrease),
+        ("stop.preconditioned_residual", stop.preconditioned_residual),
+        ("stop.relative_residual", stop.relative_residual),
+        ("stop.seconds", stop.seconds),
+    ] {
         if let Some(number) = number {
             let _ = writeln!(out, "{prefix}solver.{name} = {number:?}");
         }

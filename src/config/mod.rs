@@ -22,7 +22,7 @@ pub use error::ConfigError;
 pub use parameters::Parameters;
 pub use schema::{
     DeltaScale, Initial, MergeConfig, Method, ModelEntry, ModelPath, OutDtype, PCG_RIDGE, PreconditionerKind,
-    Round, SolverConfig, SolverMethod, Subspace, TASK_VECTOR_RIDGE, Unmatched,
+    Round, SolverConfig, SolverMethod, StopConfig, Subspace, TASK_VECTOR_RIDGE, Unmatched,
 };
 
 impl MergeConfig {

@@ -8,8 +8,8 @@ use super::error::ConfigError;
 use super::fields::{Field, Scope};
 use super::parameters::{Parameter, ParameterKind, ParameterSpec, ParameterValue, Parameters, Rule};
 use super::schema::{
-    Initial, MergeConfig, Method, ModelEntry, ModelPath, Round, SolverConfig, SolverMethod, Subspace,
-    Unmatched, Words,
+    Initial, MergeConfig, Method, ModelEntry, ModelPath, Round, SolverConfig, SolverMethod, StopConfig,
+    Subspace, Unmatched, Words,
 };
 use super::yaml::{Node, Value, join};
 
@@ -30,7 +30,8 @@ const TOP_KEYS: &[&str] = &[
 ];
 const NESTED_KEYS: &[&str] = &["merge_method", "parameters", "subspace", "initial", "solver", "unmatched"];
 const MODEL_KEYS: &[&str] = &["model", "statistics", "parameters"];
-const SOLVER_KEYS: &[&str] = &["method", "preconditioner", "max_iterations", "tolerance", "ridge"];
+const SOLVER_KEYS: &[&str] = &["method", "preconditioner", "max_iterations", "tolerance", "ridge", "stop"];
+const STOP_KEYS: &[&str] = &["objective_decrease", "preconditioned_residual", "relative_residual", "seconds"];
 const RULE_KEYS: &[&str] = &["filter", "value"];
 
 /// Keys with a meaning in mergekit or in the contract that this version does not carry out.
@@ -460,6 +461,7 @@ fn solver(scope: &Scope<'_>, method: Method, line: usize) -> Result<SolverConfig
         max_iterations: None,
         tolerance: None,
         ridge: None,
+        stop: None,
         line,
     };
     let Some(field) = scope.field("solver") else {
@@ -487,13 +489,42 @@ fn solver(scope: &Scope<'_>, method: Method, line: usize) -> Result<SolverConfig
         config.max_iterations =
             Some(field.integer(SolverConfig::MAX_ITERATIONS, "an integer from 0 to 1000000")?);
     }
-    let not_negative = |name| match solver.field(name) {
+    config.tolerance = not_negative(&solver, "tolerance")?;
+    config.ridge = not_negative(&solver, "ridge")?;
+    config.stop = solver.field("stop").map(|field| stop(&field, &config)).transpose()?;
+    Ok(config)
+}
+
+fn not_negative(scope: &Scope<'_>, name: &str) -> Result<Option<f64>, ConfigError> {
+    match scope.field(name) {
         Some(field) => field.number(|x| x >= 0.0, "a finite number of at least 0").map(Some),
         None => Ok(None),
+    }
+}
+
+/// `solver.stop`.
+fn stop(field: &Field<'_>, solver: &SolverConfig) -> Result<StopConfig, ConfigError> {
+    if solver.method != SolverMethod::Pcg {
+        return Err(field.not_allowed(format!(
+            "only `method: pcg` has more than one stopping rule, and the method here is {}",
+            solver.method.name()
+        )));
+    }
+    if solver.tolerance.is_some() {
+        return Err(field.not_allowed("stands in the place of `tolerance`: give one of the two"));
+    }
+    let scope = field.scope("a mapping, as `{ objective_decrease: 1e-3 }`")?;
+    scope.check_keys(STOP_KEYS, |_| None)?;
+    let stop = StopConfig {
+        objective_decrease: not_negative(&scope, "objective_decrease")?,
+        preconditioned_residual: not_negative(&scope, "preconditioned_residual")?,
+        relative_residual: not_negative(&scope, "relative_residual")?,
+        seconds: not_negative(&scope, "seconds")?,
     };
-    config.tolerance = not_negative("tolerance")?;
-    config.ridge = not_negative("ridge")?;
-    Ok(config)
+    if stop == StopConfig::default() {
+        return Err(field.not_allowed("names no rule: give `objective_decrease`, say"));
+    }
+    Ok(stop)
 }
 
 /// Reads `parameters` of a round, or (`per_model`) of one model.

@@ -361,8 +361,24 @@ pub struct SolverConfig {
     pub tolerance: Option<f64>,
     /// Finite, ≥ 0.
     pub ridge: Option<f64>,
+    /// Only with `Pcg`; in the place of `tolerance`.
+    pub stop: Option<StopConfig>,
     /// Line of `solver`, or of the round where it is not given.
     pub line: usize,
+}
+
+/// `solver.stop`: rules beside `max_iterations`, of which the first that fires ends the solve. At least one is given; all
+/// finite, ≥ 0.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct StopConfig {
+    /// A step's decrease of the objective, relative to all so far.
+    pub objective_decrease: Option<f64>,
+    /// `√⟨r, M⁻¹r⟩`, relative to its start.
+    pub preconditioned_residual: Option<f64>,
+    /// `‖r‖`, relative to `‖b‖`.
+    pub relative_residual: Option<f64>,
+    /// Wall time of one parameter: the result then depends on the machine.
+    pub seconds: Option<f64>,
 }
 
 impl SolverConfig {
@@ -410,6 +426,7 @@ pub enum PreconditionerKind {
     Kronecker,
     KroneckerCholesky,
     Generalized,
+    Hybrid,
 }
 
 words!(PreconditionerKind {
@@ -418,6 +435,7 @@ words!(PreconditionerKind {
     "kronecker" => Self::Kronecker,
     "kronecker_cholesky" => Self::KroneckerCholesky,
     "generalized" => Self::Generalized,
+    "hybrid" => Self::Hybrid,
 });
 
 /// `unmatched`: what becomes of a parameter without the statistics its subspace needs.

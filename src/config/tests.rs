@@ -81,6 +81,7 @@ fn the_contracts_example() {
             max_iterations: Some(100),
             tolerance: Some(1e-5),
             ridge: None,
+            stop: None,
             line: 12,
         }
     );

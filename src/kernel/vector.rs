@@ -139,6 +139,36 @@ pub fn scale<T: Real>(a: f64, y: &mut [T]) {
     }
 }
 
+/// `y ← x ∘ y`, each element in f64 and rounded once.
+pub fn multiply<T: Real>(x: &[T], y: &mut [T], threading: Threading) {
+    for_pieces(y, x, threading, |y, x| {
+        dispatch(
+            #[inline(always)]
+            || {
+                for (y, x) in y.iter_mut().zip(x) {
+                    *y = T::from_f64(y.to_f64() * x.to_f64());
+                }
+            },
+        );
+    });
+}
+
+/// Hands every row of row-major `y` `[rows, columns]` to `op` with its index, on all threads where allowed.
+pub fn for_rows<T: Real>(
+    y: &mut [T],
+    columns: usize,
+    threading: Threading,
+    op: impl Fn(usize, &mut [T]) + Sync + Send,
+) {
+    let columns = columns.max(1);
+    match threading {
+        Threading::Sequential => y.chunks_exact_mut(columns).enumerate().for_each(|(i, row)| op(i, row)),
+        Threading::Parallel => {
+            y.par_chunks_exact_mut(columns).enumerate().for_each(|(i, row)| op(i, row));
+        }
+    }
+}
+
 /// `r ← r - a·q`, and `⟨r, r⟩` of the new `r`, in one pass.
 pub fn subtract_and_square<T: Real>(a: f64, q: &[T], r: &mut [T], threading: Threading) -> f64 {
     let piece = |r: &mut [T], q: &[T]| {

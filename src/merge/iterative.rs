@@ -3,25 +3,26 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::diagonal::DiagonalSystem;
 use super::direct::read_difference;
-use super::resolve::input_factors_key;
-use super::terms::{FactorHandle, gram_factor, output_factor};
-use super::{GramKind, Inputs, MergeError, Solve, SolveModel, SolverChoice, System, Tally};
+use super::kfac::{kronecker_kind, power_of_two_scale, solve_kfac};
+use super::terms::gram_factor;
+use super::{GramKind, Inputs, Iteration, MergeError, Solve, SolveModel, SolverChoice, Tally};
 use crate::config::PreconditionerKind;
-use crate::kernel::{Buffer, PANEL, Real, Threading, mat, mat_mut, panels, vector};
+use crate::kernel::{Buffer, Real, Threading, vector};
 use crate::operator::{
-    BlockShape, Damped, Diagonal, Factor, GramSum, GramTerm, KroneckerSum, KroneckerTerm, LinearOperator,
-    OperatorSum, Workspace,
+    BlockShape, Damped, Diagonal, Factor, GramSum, GramTerm, LinearOperator, OperatorError, OperatorSum,
+    Workspace,
 };
-use crate::precond::{Basis, Jacobi, Kronecker, NoPreconditioner, Preconditioner};
+use crate::precond::{
+    Jacobi, Kronecker, KroneckerKind, NoPreconditioner, Preconditioner, Rotated, Scaling, Side,
+};
 use crate::report::{SetupReport, StepReport};
-use crate::solve::eigen::Eigen;
 use crate::solve::{
-    Any, Cancelled, CgVectors, IterationRecord, MaxIterations, ObjectiveDecrease, RelativeResidual,
-    SolveStart, StopReason, conjugate_gradients,
+    Any, Cancelled, CgVectors, IterationRecord, MaxIterations, ObjectiveDecrease, PreconditionedResidual,
+    RelativeResidual, SolveStart, Stagnation, StopReason, TimeLimit, conjugate_gradients,
 };
 
 /// What the memory plan settled for one iterative solve.
@@ -38,15 +39,27 @@ pub struct IterativeMemory {
 pub struct SharedFactors {
     /// Held factors, by model, key and off-diagonal scaling.
     factors: HashMap<(usize, String, u64), Factor<f32>>,
-    /// The eigenbasis of their weighted sum, by those and the weights.
-    bases: HashMap<String, Diagonalised>,
+    /// Bases with the factors in them, by those, the weights and the kind.
+    pub(super) sides: HashMap<String, Side<f32>>,
 }
 
-/// An eigenbasis of `Σ wᵢCᵢ`, and the diagonal of each `wᵢCᵢ` in it.
-#[derive(Clone)]
-struct Diagonalised {
-    basis: Arc<Basis<f32>>,
-    diagonals: Arc<Vec<Vec<f64>>>,
+impl SharedFactors {
+    /// An input factor that is held for the other tensors of the unit, or loaded for one.
+    pub(super) fn input_factor(
+        &mut self,
+        key: (usize, String, u64),
+        hold: bool,
+        load: impl FnOnce() -> Result<Factor<f32>, OperatorError>,
+    ) -> Result<Factor<f32>, OperatorError> {
+        if let Some(factor) = self.factors.get(&key) {
+            return Ok(factor.clone());
+        }
+        let factor = load()?;
+        if hold {
+            self.factors.insert(key, factor.clone());
+        }
+        Ok(factor)
+    }
 }
 
 /// What the report says of one solve.
@@ -113,19 +126,19 @@ pub fn solve_block(
     d: &mut [f32],
     shared: &mut SharedFactors,
 ) -> Result<SolveOutcome, MergeError> {
+    let SolverChoice::Iterative(iteration) = &solve.solver else {
+        unreachable!("direct systems are solved elsewhere")
+    };
     match solve.system {
-        System::Identity | System::FisherDiagonal => solve_diagonal(context, solve, x0, d),
-        System::Gram(kind) => solve_gram(context, solve, kind, x0, d),
-        System::Kfac => solve_kfac(context, solve, memory, x0, d, shared),
+        super::System::Identity | super::System::FisherDiagonal => {
+            solve_diagonal(context, solve, iteration, x0, d)
+        }
+        super::System::Gram(kind) => solve_gram(context, solve, iteration, kind, x0, d),
+        super::System::Kfac => solve_kfac(context, solve, iteration, memory, x0, d, shared),
     }
 }
 
-/// A power of two near `1/mean`: gradient Grams of 1e-12 and smaller stay inside f32, and scaling is exact.
-pub(super) fn power_of_two_scale(mean: f64) -> f64 {
-    if mean > 0.0 && mean.is_finite() { (-mean.log2().round()).clamp(-1000.0, 1000.0).exp2() } else { 1.0 }
-}
-
-fn zero_operator() -> SolveOutcome {
+pub(super) fn zero_operator() -> SolveOutcome {
     SolveOutcome {
         stop: StopReason::ZeroOperator,
         iterations: Some(0),
@@ -138,110 +151,10 @@ fn zero_operator() -> SolveOutcome {
     }
 }
 
-fn solve_kfac(
-    context: &BlockContext<'_>,
-    solve: &Solve,
-    memory: IterativeMemory,
-    x0: &[f32],
-    d: &mut [f32],
-    shared: &mut SharedFactors,
-) -> Result<SolveOutcome, MergeError> {
-    let BlockContext { inputs, tensor, shape, threading, .. } = *context;
-    let (m, n) = (shape.out_features, shape.in_features);
-    let handles = kfac_handles(context, solve)?;
-    let mean = mean_diagonal(shape, &handles);
-    if mean == 0.0 {
-        d.fill(0.0);
-        return Ok(zero_operator());
-    }
-    let scale = power_of_two_scale(mean);
-    let input_scale = input_scale(shape, &handles);
-    let needs_diagonals = matches!(
-        solve.solver,
-        SolverChoice::Iterative { preconditioner: Some(PreconditionerKind::Jacobi), .. }
-    );
-    let mut models = Vec::new();
-    let mut terms = Vec::new();
-    for (model, a, g) in handles {
-        if a.trace() * g.trace() == 0.0 {
-            continue;
-        }
-        let diagonals = needs_diagonals.then(|| (a.diagonal(), g.diagonal()));
-        let key = super::terms::shared_key(inputs, &model, tensor);
-        let a = match shared.factors.get(&key) {
-            Some(factor) => factor.clone(),
-            None => {
-                let factor = a.load(memory.hold_a, threading)?;
-                if memory.hold_a {
-                    shared.factors.insert(key, factor.clone());
-                }
-                factor
-            }
-        };
-        let g = g.load(memory.hold_g, threading)?;
-        terms.push(KroneckerTerm { weight: model.weight, a, g, diagonals });
-        models.push(model);
-    }
-    let shift = solve.ridge * mean * scale;
-    let preconditioner = if wants_kronecker(solve) {
-        let a: Vec<_> = terms.iter().map(|t| (t.weight * input_scale, &t.a)).collect();
-        let g: Vec<_> = terms.iter().map(|t| (t.weight * scale / input_scale, &t.g)).collect();
-        let key = input_factors_key(inputs, tensor, solve).unwrap_or_default();
-        let weights: Vec<f64> = a.iter().map(|(weight, _)| *weight).collect();
-        let key = format!("{key} {weights:?}");
-        let known = shared.bases.get(&key).cloned();
-        let input = || known.map_or_else(|| eigenbasis(context, &a, n), Ok);
-        let output = || eigenbasis(context, &g, m);
-        let (a, g) = match threading {
-            Threading::Sequential => (input(), output()),
-            Threading::Parallel => rayon::join(input, output),
-        };
-        let (a, g) = (a?, g?);
-        shared.bases.insert(key, a.clone());
-        // Either side has the weights in its diagonals.
-        let once: Vec<f64> = terms.iter().map(|t| 1.0 / t.weight).collect();
-        let diagonal = outer_sum(shape, &once, &g.diagonals, &a.diagonals, shift);
-        Some(Kronecker::new(shape, Some(a.basis), Some(g.basis), diagonal)?)
-    } else {
-        None
-    };
-    let operator = KroneckerSum::new(shape, terms)?.scaled(input_scale, scale / input_scale);
-    iterate(context, solve, &operator, preconditioner, &models, shift, scale, x0, d)
-}
-
-/// Factors of every model, scanned.
-pub(super) fn kfac_handles(
-    context: &BlockContext<'_>,
-    solve: &Solve,
-) -> Result<Vec<(SolveModel, FactorHandle, FactorHandle)>, MergeError> {
-    let BlockContext { inputs, tensor, shape, tally, .. } = *context;
-    let (m, n) = (shape.out_features, shape.in_features);
-    solve
-        .models
-        .iter()
-        .map(|model| {
-            let a = gram_factor(inputs, model, tensor, GramKind::Input, m, n, tally)?;
-            let g = output_factor(inputs, model, tensor, tally)?;
-            Ok((model.clone(), a, g))
-        })
-        .collect()
-}
-
-/// Mean of the diagonal of `Σ wᵢ Gᵢ⊗Aᵢ`.
-pub(super) fn mean_diagonal(shape: BlockShape, handles: &[(SolveModel, FactorHandle, FactorHandle)]) -> f64 {
-    handles.iter().map(|(model, a, g)| model.weight * a.trace() * g.trace()).sum::<f64>()
-        / shape.elements().max(1) as f64
-}
-
-/// A power of two near one over the mean diagonal of the `Aᵢ`.
-pub(super) fn input_scale(shape: BlockShape, handles: &[(SolveModel, FactorHandle, FactorHandle)]) -> f64 {
-    let traces: f64 = handles.iter().map(|(_, a, _)| a.trace()).sum();
-    power_of_two_scale(traces / (shape.in_features * handles.len()).max(1) as f64)
-}
-
 fn solve_gram(
     context: &BlockContext<'_>,
     solve: &Solve,
+    iteration: &Iteration,
     kind: GramKind,
     x0: &[f32],
     d: &mut [f32],
@@ -265,26 +178,47 @@ fn solve_gram(
         terms.push(GramTerm { weight: model.weight * scale, a: a.load(false, threading)?, diagonal });
         models.push(model);
     }
-    let SolverChoice::Iterative { max_iterations, .. } = solve.solver else {
-        unreachable!("direct systems are solved elsewhere")
-    };
-    let forms = forms_sum(shape, terms.iter().map(|t| &t.a), max_iterations);
+    let forms = forms_sum(shape, terms.iter().map(|t| &t.a), iteration.max_iterations);
     let shift = solve.ridge * mean * scale;
-    let preconditioner = if wants_kronecker(solve) {
-        let a: Vec<_> = terms.iter().map(|t| (t.weight, &t.a)).collect();
-        let a = eigenbasis(context, &a, n)?;
-        let ones = vec![vec![1.0; m]; a.diagonals.len()];
-        let diagonal = outer_sum(shape, &vec![1.0; a.diagonals.len()], &ones, &a.diagonals, shift);
-        Some(Kronecker::new(shape, Some(a.basis), None, diagonal)?)
-    } else {
-        None
+    let started = Instant::now();
+    let made = match kronecker_kind(iteration.preconditioner) {
+        None => None,
+        Some(kind) => {
+            let factors: Vec<_> = terms.iter().map(|t| (t.weight, &t.a)).collect();
+            let failed = |error| MergeError::preconditioner(tensor, error);
+            // One factor, no output side: every basis but Cholesky's is the eigenbasis.
+            let (kind, a) = match kind {
+                KroneckerKind::Cholesky => {
+                    (kind, Side::cholesky_of(&factors, shift, threading).map_err(failed)?)
+                }
+                _ => (KroneckerKind::Eigen, Side::eigen(&factors, false, threading).map_err(failed)?),
+            };
+            let g = Side::identity(m, factors.len());
+            Some(Kronecker::of_sides(kind, shape, a, g, &vec![1.0; factors.len()], shift, threading)?)
+        }
     };
     let mut operator = GramSum::new(shape, terms)?;
     if forms {
         let mut workspace = Workspace::new(operator.scratch_elements(), threading);
         operator.form(&mut workspace)?;
     }
-    iterate(context, solve, &operator, preconditioner, &models, shift, scale, x0, d)
+    let preconditioner: Box<dyn Preconditioner<f32>> = match made {
+        Some(kronecker) => Box::new(kronecker),
+        None if iteration.preconditioner == Some(PreconditionerKind::Jacobi) => {
+            Box::new(Jacobi::new(&Damped::new(&operator, shift))?)
+        }
+        None => Box::new(NoPreconditioner),
+    };
+    let setup = setup_report(preconditioner.as_ref(), started);
+    let conditioned = Conditioned::Applied(preconditioner);
+    let system = System { operator: &operator, models: &models, conditioned, setup, scale, shift };
+    iterate(context, iteration, system, x0, d)
+}
+
+fn setup_report(preconditioner: &dyn Preconditioner<f32>, started: Instant) -> Option<SetupReport> {
+    let cost = preconditioner.setup_cost();
+    let seconds = started.elapsed().as_secs_f64();
+    (!preconditioner.is_identity()).then_some(SetupReport { seconds, flops: cost.flops, bytes: cost.bytes })
 }
 
 /// Whether one `S` for all iterations costs less than applying each term, forming included.
@@ -309,6 +243,7 @@ fn forms_sum<'f>(
 fn solve_diagonal(
     context: &BlockContext<'_>,
     solve: &Solve,
+    iteration: &Iteration,
     x0: &[f32],
     d: &mut [f32],
 ) -> Result<SolveOutcome, MergeError> {
@@ -334,7 +269,16 @@ fn solve_diagonal(
         flops: 0.0,
     };
     let mut workspace = Workspace::new(0, threading);
-    let (outcome, q) = run(context, solve, &operator, None, &start, &mut r, d, &mut workspace)?;
+    let started = Instant::now();
+    // A system without coupling is its own diagonal.
+    let preconditioner: Box<dyn Preconditioner<f32>> = match iteration.preconditioner {
+        None | Some(PreconditionerKind::None) => Box::new(NoPreconditioner),
+        Some(_) => Box::new(Jacobi::new(&Damped::new(&operator, shift))?),
+    };
+    let setup = setup_report(preconditioner.as_ref(), started);
+    let (mut outcome, q) =
+        run(context, iteration, &operator, preconditioner.as_ref(), &start, &mut r, d, &mut workspace)?;
+    outcome.detail.setup = setup;
     // The true residual costs one more pass over the models.
     let x: Vec<f32> = x0.iter().zip(&*d).map(|(x, d)| x + d).collect();
     let mut discard = q;
@@ -352,20 +296,47 @@ struct Start {
     flops: f64,
 }
 
-#[allow(clippy::too_many_arguments, reason = "the pieces of one linear system")]
-fn iterate(
+/// How a system is preconditioned.
+pub(super) enum Conditioned {
+    /// At every step.
+    Applied(Box<dyn Preconditioner<f32>>),
+    /// Moved into bases in which it is a division.
+    Rotated(Box<Rotated<f32>>, Scaling<f32>),
+}
+
+impl Conditioned {
+    pub fn preconditioner(&self) -> &dyn Preconditioner<f32> {
+        match self {
+            Self::Applied(preconditioner) => preconditioner.as_ref(),
+            Self::Rotated(_, scaling) => scaling,
+        }
+    }
+}
+
+/// One linear system in f32.
+pub(super) struct System<'s> {
+    pub operator: &'s dyn OperatorSum<f32>,
+    /// In the order of the operator's terms.
+    pub models: &'s [SolveModel],
+    pub conditioned: Conditioned,
+    pub setup: Option<SetupReport>,
+    /// Of the operator.
+    pub scale: f64,
+    /// μ, scaled as the operator.
+    pub shift: f64,
+}
+
+/// Right-hand side, iterations, and the truth about the result.
+pub(super) fn iterate(
     context: &BlockContext<'_>,
-    solve: &Solve,
-    operator: &dyn OperatorSum<f32>,
-    preconditioner: Option<Kronecker<f32>>,
-    models: &[SolveModel],
-    shift: f64,
-    scale: f64,
+    iteration: &Iteration,
+    system: System<'_>,
     x0: &[f32],
     d: &mut [f32],
 ) -> Result<SolveOutcome, MergeError> {
     let BlockContext { shape, threading, .. } = *context;
-    let scratch = preconditioner.as_ref().map_or(0, |p| p.scratch_elements());
+    let System { operator, models, conditioned, setup, scale, shift } = system;
+    let scratch = conditioned.preconditioner().scratch_elements();
     let mut workspace = Workspace::new(operator.scratch_elements().max(scratch), threading);
     let mut r = Buffer::<f32>::zeroed(shape.elements());
     let mut p = Buffer::<f32>::zeroed(shape.elements());
@@ -376,7 +347,25 @@ fn iterate(
     let rhs_norm = vector::squared_norm_of_sum(&r, &q, threading).sqrt();
     drop((p, q));
     let start = Start { objective_initial, rhs_norm, scale, shift, flops: 3.0 * operator.flops() };
-    let (outcome, mut p) = run(context, solve, operator, preconditioner, &start, &mut r, d, &mut workspace)?;
+    let preconditioner = conditioned.preconditioner();
+    let (mut outcome, mut p) = match &conditioned {
+        Conditioned::Applied(_) => {
+            run(context, iteration, operator, preconditioner, &start, &mut r, d, &mut workspace)?
+        }
+        Conditioned::Rotated(rotated, _) => {
+            let mut t = Buffer::<f32>::zeroed(shape.elements());
+            rotated.enter(&mut r, &mut t, threading);
+            drop(t);
+            let operator = rotated.operator();
+            let (outcome, mut p) =
+                run(context, iteration, operator, preconditioner, &start, &mut r, d, &mut workspace)?;
+            rotated.leave(d, &mut p, threading);
+            (outcome, p)
+        }
+    };
+    outcome.detail.setup = setup;
+    outcome.flops += setup.map_or(0.0, |s| s.flops);
+    drop(conditioned);
     let mut x = Buffer::<f32>::zeroed(shape.elements());
     x.copy_from_slice(x0);
     vector::axpy(1.0, d, &mut x, threading);
@@ -410,110 +399,58 @@ pub(super) fn residual_at<T: Real>(
     Ok(objective)
 }
 
-fn wants_kronecker(solve: &Solve) -> bool {
-    matches!(
-        solve.solver,
-        SolverChoice::Iterative { preconditioner: Some(PreconditionerKind::Kronecker), .. }
-    )
-}
-
-/// Diagonalises `Σ wᵢCᵢ`.
-///
-/// Cost: one f32 eigendecomposition and one product a model. Memory while it runs: `4·side²` f32.
-fn eigenbasis(
-    context: &BlockContext<'_>,
-    factors: &[(f64, &Factor<f32>)],
-    side: usize,
-) -> Result<Diagonalised, MergeError> {
-    let threading = context.threading;
-    let need = factors.iter().map(|(_, f)| f.add_scratch()).max().unwrap_or(0);
-    let basis = {
-        let mut sum = Buffer::<f32>::zeroed(side * side);
-        let mut scratch = Buffer::<f32>::zeroed(need);
-        for (weight, factor) in factors {
-            factor.add_to(&mut sum, *weight, &mut scratch, threading)?;
-        }
-        drop(scratch);
-        let failed = |source| MergeError::Eigen { tensor: context.tensor.to_owned(), source };
-        let eigen = Eigen::<f32>::of(mat(&sum, side, side)).map_err(failed)?;
-        drop(sum);
-        Basis::new(eigen.vectors, side, threading)
-    };
-    let need = factors.iter().map(|(_, f)| f.right_scratch(PANEL.min(side))).max().unwrap_or(0);
-    let mut scratch = Buffer::<f32>::zeroed(need);
-    let mut tile = Buffer::<f32>::zeroed(PANEL.min(side) * side);
-    let mut diagonals = Vec::with_capacity(factors.len());
-    for (weight, factor) in factors {
-        let mut diagonal = Vec::with_capacity(side);
-        for rows in panels(side) {
-            let q = &basis.rows()[rows.start * side..rows.end * side];
-            let out = mat_mut(&mut tile, rows.len(), side);
-            factor.right_multiply(mat(q, rows.len(), side), out, false, *weight, &mut scratch, threading)?;
-            for (q, c) in q.chunks_exact(side).zip(tile.chunks_exact(side)) {
-                diagonal.push(vector::dot(q, c, Threading::Sequential).max(0.0));
-            }
-        }
-        diagonals.push(diagonal);
+/// The rules of an iteration, in the order in which they are asked.
+pub(super) fn rules<'c>(iteration: &Iteration, cancel: &'c std::sync::atomic::AtomicBool) -> Any<'c> {
+    let stop = iteration.stop;
+    let mut rule = Any(vec![Box::new(Cancelled(cancel))]);
+    if let Some(tolerance) = stop.objective_decrease {
+        rule.0.push(Box::new(ObjectiveDecrease(tolerance)));
     }
-    Ok(Diagonalised { basis: Arc::new(basis), diagonals: Arc::new(diagonals) })
-}
-
-/// `Σ wᵢ gᵢ aᵢᵀ + shift`, row-major `[out, in]`.
-fn outer_sum(shape: BlockShape, weights: &[f64], g: &[Vec<f64>], a: &[Vec<f64>], shift: f64) -> Buffer<f32> {
-    let mut diagonal = Buffer::<f32>::zeroed(shape.elements());
-    for (i, row) in diagonal.chunks_exact_mut(shape.in_features.max(1)).enumerate() {
-        for (j, v) in row.iter_mut().enumerate() {
-            let sum: f64 = weights.iter().zip(g).zip(a).map(|((w, g), a)| w * g[i] * a[j]).sum();
-            *v = (sum + shift) as f32;
-        }
+    if let Some(tolerance) = stop.preconditioned_residual {
+        rule.0.push(Box::new(PreconditionedResidual::new(tolerance)));
     }
-    diagonal
+    if let Some(tolerance) = stop.relative_residual {
+        rule.0.push(Box::new(RelativeResidual(tolerance)));
+    }
+    if let Some(seconds) = stop.seconds {
+        // More than a Duration holds is for ever.
+        rule.0.extend(
+            Duration::try_from_secs_f64(seconds).ok().map(|limit| Box::new(TimeLimit::new(limit)) as Box<_>),
+        );
+    }
+    if iteration.preconditioner.is_some() {
+        rule.0.push(Box::new(Stagnation::of::<f32>()));
+    }
+    rule.0.push(Box::new(MaxIterations(iteration.max_iterations)));
+    rule
 }
 
 /// The CG loop itself; gives back a vector for reuse.
 #[allow(clippy::too_many_arguments, reason = "a system, its solver and its surroundings")]
 fn run(
     context: &BlockContext<'_>,
-    solve: &Solve,
+    iteration: &Iteration,
     operator: &(impl LinearOperator<f32> + ?Sized),
-    kronecker: Option<Kronecker<f32>>,
+    preconditioner: &dyn Preconditioner<f32>,
     start: &Start,
     r: &mut [f32],
     d: &mut [f32],
     workspace: &mut Workspace<f32>,
 ) -> Result<(SolveOutcome, Buffer<f32>), MergeError> {
-    let SolverChoice::Iterative { preconditioner, max_iterations, tolerance, by_objective } = solve.solver
-    else {
-        unreachable!("direct systems are solved elsewhere")
-    };
     let threading = context.threading;
     let damped = Damped::new(operator, start.shift);
-    let preconditioner: Box<dyn Preconditioner<f32>> = match (preconditioner, kronecker) {
-        (_, Some(kronecker)) => Box::new(kronecker),
-        // A system without coupling is its own diagonal.
-        (Some(PreconditionerKind::Jacobi | PreconditionerKind::Kronecker), None) => {
-            Box::new(Jacobi::new(&damped)?)
-        }
-        _ => Box::new(NoPreconditioner),
-    };
     let mut p = Buffer::<f32>::zeroed(r.len());
     let mut q = Buffer::<f32>::zeroed(r.len());
     let mut z = Buffer::<f32>::zeroed(if preconditioner.is_identity() { 0 } else { r.len() });
     let residual_norm = vector::dot(r, r, threading).sqrt();
     let solve_start = SolveStart { rhs_norm: start.rhs_norm, residual_norm, unknowns: r.len() };
-    let mut rule = Any(vec![Box::new(Cancelled(context.cancel))]);
-    if by_objective {
-        rule.0.push(Box::new(ObjectiveDecrease(tolerance)));
-    } else {
-        rule.0.push(Box::new(RelativeResidual(tolerance)));
-    }
-    rule.0.push(Box::new(MaxIterations(max_iterations)));
+    let mut rule = rules(iteration, context.cancel);
     let vectors = CgVectors { d, r, p: &mut p, q: &mut q, z: &mut z };
     let mut history = Vec::new();
     let started = Instant::now();
     let outcome = conjugate_gradients(
         &damped,
-        preconditioner.as_ref(),
+        preconditioner,
         vectors,
         &solve_start,
         &mut rule,
@@ -539,7 +476,7 @@ fn run(
             final_relative_residual: Some(outcome.relative_residual),
             objective_initial: start.objective_initial,
             objective_final: start.objective_initial - outcome.total_decrease / start.scale,
-            flops: start.flops + damped.flops() * outcome.iterations as f64,
+            flops: start.flops + (damped.flops() + preconditioner.flops()) * outcome.iterations as f64,
             detail: SolveDetail {
                 preconditioner: (!preconditioner.is_identity()).then(|| preconditioner.name()),
                 setup: None,

@@ -2,7 +2,8 @@
 //!
 //! `resolve` turns a config's rounds into a [`Recipe`] for one tensor from headers alone; `block` carries a recipe out:
 //! `elementwise` makes starting points and averages piece by piece, `direct` solves what has a closed form by rows,
-//! `iterative` runs conjugate gradients on a whole block, `two_term` solves two-model K-FAC exactly. `plan` calls the
+//! `iterative` runs conjugate gradients on a whole block, with `kfac` making the K-FAC system and its preconditioner,
+//! `two_term` solves two-model K-FAC exactly. `plan` calls the
 //! first, `stream` the second. Nothing here decides what runs when, or writes a file.
 
 pub mod block;
@@ -11,6 +12,7 @@ mod direct;
 mod elementwise;
 mod inputs;
 mod iterative;
+mod kfac;
 mod recipe;
 mod resolve;
 mod terms;
@@ -20,7 +22,8 @@ pub use direct::DirectMemory;
 pub use elementwise::{PIECE, merge_elementwise};
 pub use inputs::{Inputs, ModelInput, SourceId, Tally};
 pub use iterative::{BlockContext, IterativeMemory, SolveDetail, SolveOutcome};
-pub use recipe::{GramKind, Recipe, Solve, SolveModel, SolverChoice, Start, System};
+pub(crate) use kfac::{apply_flops, kronecker_kind, rotates};
+pub use recipe::{GramKind, Iteration, Recipe, Solve, SolveModel, SolverChoice, Start, System};
 pub use resolve::{LayerPosition, Resolution, resolve};
 pub(crate) use resolve::{gram_key, input_factors_key, statistics_keys};
 pub use two_term::memory_bytes as two_term_bytes;
@@ -50,6 +53,14 @@ pub enum MergeError {
         tensor: String,
         /// What failed.
         source: NoConvergence,
+    },
+    /// A preconditioner could not be made.
+    #[error("tensor `{}`", escaped(tensor))]
+    Preconditioner {
+        /// The parameter.
+        tensor: String,
+        /// What failed.
+        source: crate::precond::PreconditionerError,
     },
     /// A value of a model that is not finite.
     #[error(
@@ -139,6 +150,19 @@ pub enum MergeError {
     /// The run is being stopped from outside.
     #[error("interrupted")]
     Cancelled,
+}
+
+impl MergeError {
+    /// What went wrong while a tensor's preconditioner was made.
+    fn preconditioner(tensor: &str, error: crate::precond::PreconditionerError) -> Self {
+        use crate::precond::PreconditionerError;
+        let tensor = tensor.to_owned();
+        match error {
+            PreconditionerError::Operator(error) => error.into(),
+            PreconditionerError::Eigen(source) => Self::Eigen { tensor, source },
+            source => Self::Preconditioner { tensor, source },
+        }
+    }
 }
 
 impl From<OperatorError> for MergeError {

@@ -1,7 +1,7 @@
 //! What will be done to one parameter, decided from headers alone.
 
 use super::SourceId;
-use crate::config::{DeltaScale, PreconditionerKind};
+use crate::config::{DeltaScale, PreconditionerKind, StopConfig};
 
 /// A starting point, then systems solved one after the other, each from the result before it.
 #[derive(Debug, Clone, PartialEq)]
@@ -133,16 +133,28 @@ pub enum SolverChoice {
     /// A closed form or a factorisation.
     Direct,
     /// Conjugate gradients.
-    Iterative {
-        /// `None` is the paper's plain CG.
-        preconditioner: Option<PreconditionerKind>,
-        /// Stop after so many steps.
-        max_iterations: usize,
-        /// Relative to ‖b‖ (cg), or of the objective's decrease (pcg).
-        tolerance: f64,
-        /// Which of the two `tolerance` is.
-        by_objective: bool,
-    },
+    Iterative(Iteration),
+}
+
+/// Conjugate gradients with their defaults filled in.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Iteration {
+    /// `None` is the paper's plain CG.
+    pub preconditioner: Option<PreconditionerKind>,
+    /// Stop after so many steps.
+    pub max_iterations: usize,
+    /// What else ends it; the first that fires.
+    pub stop: StopConfig,
+}
+
+/// True residuals below this are not reached by f32 vectors (measured: they end at 4e-7 of `‖b‖`).
+const F32_RESIDUAL: f64 = 1e-6;
+
+impl Iteration {
+    /// Whether the accuracy asked for takes refinement with f64 residuals.
+    pub fn refines(&self) -> bool {
+        self.preconditioner.is_some() && self.stop.relative_residual.is_some_and(|r| r < F32_RESIDUAL)
+    }
 }
 
 impl SolverChoice {
@@ -150,8 +162,16 @@ impl SolverChoice {
     pub fn name(self) -> &'static str {
         match self {
             Self::Direct => "direct",
-            Self::Iterative { by_objective: false, .. } => "cg",
-            Self::Iterative { .. } => "pcg",
+            Self::Iterative(Iteration { preconditioner: None, .. }) => "cg",
+            Self::Iterative(_) => "pcg",
+        }
+    }
+
+    /// The preconditioner, where there is one.
+    pub fn preconditioner(self) -> Option<PreconditionerKind> {
+        match self {
+            Self::Direct => None,
+            Self::Iterative(iteration) => iteration.preconditioner,
         }
     }
 }

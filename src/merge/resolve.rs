@@ -1,8 +1,10 @@
 //! From a config's rounds to the recipe of one tensor: presets, defaults, what its statistics allow.
 
-use super::{GramKind, Inputs, MergeError, Recipe, Solve, SolveModel, SolverChoice, SourceId, Start, System};
+use super::{
+    GramKind, Inputs, Iteration, MergeError, Recipe, Solve, SolveModel, SolverChoice, SourceId, Start, System,
+};
 use crate::config::{
-    DeltaScale, Initial, MergeConfig, Method, PreconditionerKind, Round, SolverMethod, Subspace,
+    DeltaScale, Initial, MergeConfig, Method, PreconditionerKind, Round, SolverMethod, StopConfig, Subspace,
     TASK_VECTOR_RIDGE, Unmatched,
 };
 use crate::read::{Checkpoint, TensorMeta};
@@ -400,31 +402,22 @@ impl Resolver<'_> {
         let solver = if direct {
             SolverChoice::Direct
         } else {
-            let by_objective = method == SolverMethod::Pcg;
-            let (iterations, tolerance) = if by_objective { PCG_DEFAULTS } else { CG_DEFAULTS };
-            SolverChoice::Iterative {
-                preconditioner: if by_objective { Some(self.preconditioner(round)?) } else { None },
+            let pcg = method == SolverMethod::Pcg;
+            let (iterations, tolerance) = if pcg { PCG_DEFAULTS } else { CG_DEFAULTS };
+            let tolerance = Some(round.solver.tolerance_or(tolerance));
+            let default = match pcg {
+                true => StopConfig { objective_decrease: tolerance, ..StopConfig::default() },
+                false => StopConfig { relative_residual: tolerance, ..StopConfig::default() },
+            };
+            SolverChoice::Iterative(Iteration {
+                preconditioner: pcg
+                    .then(|| round.solver.preconditioner.unwrap_or(PreconditionerKind::Kronecker)),
                 max_iterations: round.solver.max_iterations_or(iterations),
-                tolerance: round.solver.tolerance_or(tolerance),
-                by_objective,
-            }
+                stop: round.solver.stop.unwrap_or(default),
+            })
         };
         let floor = if direct && round.method == Method::Fisher { FISHER_FLOOR } else { 0.0 };
         Ok(Solve { system, models, solver, ridge, floor })
-    }
-
-    fn preconditioner(&self, round: &Round) -> Result<PreconditionerKind, MergeError> {
-        match round.solver.preconditioner {
-            None => Ok(PreconditionerKind::Kronecker),
-            Some(
-                kind
-                @ (PreconditionerKind::None | PreconditionerKind::Jacobi | PreconditionerKind::Kronecker),
-            ) => Ok(kind),
-            Some(kind) => Err(MergeError::Unsupported {
-                what: format!("line {}: solver.preconditioner `{}`", round.solver.line, kind.name()),
-                hint: "write `preconditioner: kronecker`, `jacobi` or `none`",
-            }),
-        }
     }
 }
 

@@ -1,8 +1,7 @@
 //! K-FAC merging of at most two models, exactly: two generalised eigendecompositions instead of iterations.
 
-use super::iterative::{
-    BlockContext, SolveDetail, SolveOutcome, kfac_handles, mean_diagonal, power_of_two_scale, residual_at,
-};
+use super::iterative::{BlockContext, SolveDetail, SolveOutcome, residual_at};
+use super::kfac::{kfac_handles, mean_diagonal, power_of_two_scale};
 use super::terms::FactorHandle;
 use super::{MergeError, Solve};
 use crate::kernel::{Buffer, Threading, vector};

@@ -427,6 +427,26 @@ impl<T: Real> Factor<T> {
         Ok(())
     }
 
+    /// `weight · diag(A)`: one pass over the rows.
+    pub(crate) fn diagonal(&self, weight: f64, threading: Threading) -> Result<Vec<f64>, OperatorError> {
+        let side = self.side();
+        match self {
+            Self::Symmetric(f) => {
+                let mut scratch = Buffer::<T>::zeroed(f.panels.scratch_elements());
+                let mut diagonal = Vec::with_capacity(side);
+                for k in panels(side) {
+                    let panel = f.panels.panel(k.clone(), &mut scratch, threading)?;
+                    diagonal.extend(
+                        k.enumerate().map(|(row, column)| weight * panel[row * side + column].to_f64()),
+                    );
+                }
+                Ok(diagonal)
+            }
+            // Off-diagonal scaling leaves the diagonal alone.
+            Self::LowRank(f) => Ok(f.diagonal.iter().map(|d| weight * f.scale * d).collect()),
+        }
+    }
+
     /// Scratch of [`Factor::add_to`].
     pub(crate) fn add_scratch(&self) -> usize {
         match self {

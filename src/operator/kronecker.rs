@@ -62,6 +62,20 @@ impl<T: Real> KroneckerSum<T> {
         self
     }
 
+    /// Input and output factors with their weights and scalings: what a preconditioner is made of. A term's weight stands
+    /// on both sides, see [`KroneckerSum::terms_weights`].
+    #[allow(clippy::type_complexity, reason = "two lists of one kind")]
+    pub(crate) fn sides(&self) -> (Vec<(f64, &Factor<T>)>, Vec<(f64, &Factor<T>)>) {
+        let a = self.terms.iter().map(|t| (t.weight * self.input_scale, &t.a)).collect();
+        let g = self.terms.iter().map(|t| (t.weight * self.output_scale, &t.g)).collect();
+        (a, g)
+    }
+
+    /// One weight a term, without the scalings.
+    pub fn terms_weights(&self) -> impl Iterator<Item = f64> + '_ {
+        self.terms.iter().map(|t| t.weight)
+    }
+
     fn tile_rows(&self) -> usize {
         PANEL.min(self.shape.out_features)
     }

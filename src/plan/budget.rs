@@ -7,10 +7,11 @@ use crate::config::PreconditionerKind;
 use crate::kernel::PANEL;
 use crate::merge::block::{Stage, Strategy, is_elementwise};
 use crate::merge::{DirectMemory, IterativeMemory, two_term_bytes};
-use crate::merge::{GramKind, Inputs, Recipe, Solve, SolverChoice, System};
+use crate::merge::{
+    GramKind, Inputs, Iteration, Recipe, Solve, SolverChoice, System, kronecker_kind, rotates,
+};
 use crate::operator::BlockShape;
-use crate::precond::Basis;
-use crate::solve::eigen::Eigen;
+use crate::precond::{KroneckerKind, cost};
 use crate::statistics::{Form, Kind};
 
 /// One output buffer: encoded values on their way to the writer.
@@ -91,7 +92,7 @@ fn candidate(recipe: &Recipe, shape: BlockShape, frugality: usize) -> Option<Can
             (SolverChoice::Direct, _) => {
                 Stage::Direct(DirectMemory { tile_rows, keep_formed: frugality <= 1, eigen })
             }
-            (SolverChoice::Iterative { .. }, _) => {
+            (SolverChoice::Iterative(_), _) => {
                 Stage::Iterative(IterativeMemory { hold_a: frugality <= 1, hold_g: frugality == 0 })
             }
         })
@@ -135,20 +136,8 @@ fn stage_bytes(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, 
         }
         (Stage::Direct(_), _) => 0,
         (Stage::Iterative(memory), system) => {
-            let SolverChoice::Iterative { preconditioner, .. } = solve.solver else { return 0 };
-            // z and the preconditioner's diagonal, and for four products the scratch between them.
-            let vectors = match preconditioner {
-                None | Some(PreconditionerKind::None) => 5,
-                Some(PreconditionerKind::Kronecker) => 8,
-                Some(_) => 7,
-            };
-            let preconditioner = match (preconditioner, system) {
-                (Some(PreconditionerKind::Kronecker), System::Kfac) => {
-                    bases_bytes(m) + bases_bytes(n) + setup_bytes(m) + setup_bytes(n)
-                }
-                (Some(PreconditionerKind::Kronecker), System::Gram(_)) => bases_bytes(n) + setup_bytes(n),
-                _ => 0,
-            };
+            let SolverChoice::Iterative(iteration) = solve.solver else { return 0 };
+            let preconditioner = Preconditioning::of(inputs, tensor, solve, shape, &iteration);
             let panel = PANEL.min(m.max(n)) as u64;
             let system = match system {
                 System::Identity | System::FisherDiagonal => 3 * shape.elements() as u64,
@@ -163,19 +152,54 @@ fn stage_bytes(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, 
                         + low_rank_scratch(inputs, tensor, solve, shape)
                 }
             };
-            (vectors * shape.elements() as u64 + system) * 4 + preconditioner
+            let whole = shape.elements() as u64 * 4;
+            // The initial guess and the displacement are there while the preconditioner is made, the rest comes after.
+            let making = 2 * whole + preconditioner.making;
+            let iterating = preconditioner.vectors * whole;
+            system * 4 + preconditioner.sides + making.max(iterating)
         }
     }
 }
 
-/// A basis and its transpose in f32.
-fn bases_bytes(side: usize) -> u64 {
-    (Basis::<f32>::SQUARES * side * side) as u64 * 4
+/// What an iterative solve holds because of its preconditioner.
+struct Preconditioning {
+    /// Whole f32 blocks while it iterates: initial guess, displacement and CG's three, then z, the preconditioner's
+    /// diagonal, and for four products the scratch between them.
+    vectors: u64,
+    /// Bytes of bases and of factors moved into them.
+    sides: u64,
+    /// Bytes beyond those while they are made; both sides at once.
+    making: u64,
 }
 
-/// What an f32 eigendecomposition of one side holds while a preconditioner is set up; both sides run at once.
-fn setup_bytes(side: usize) -> u64 {
-    ((Eigen::<f32>::SQUARES + 1) * side * side) as u64 * 4 + 3 * (PANEL * side) as u64 * 4
+impl Preconditioning {
+    fn of(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, iteration: &Iteration) -> Self {
+        let (m, n) = (shape.out_features, shape.in_features);
+        let none = |vectors| Self { vectors, sides: 0, making: 0 };
+        let Some(kind) = kronecker_kind(iteration.preconditioner) else {
+            return none(match iteration.preconditioner {
+                None | Some(PreconditionerKind::None) => 5,
+                Some(_) => 7,
+            });
+        };
+        let (input, output) = match solve.system {
+            System::Identity | System::FisherDiagonal => return none(7),
+            System::Gram(_) => (true, false),
+            System::Kfac if kind == KroneckerKind::Hybrid => {
+                (cost::hybrid_keeps(n, m), cost::hybrid_keeps(m, n))
+            }
+            System::Kfac => (true, true),
+        };
+        let rotated = solve.system == System::Kfac && rotates(inputs, tensor, solve, shape);
+        let vectors = if rotated || kind == KroneckerKind::Cholesky { 7 } else { 8 };
+        let models = solve.models.len();
+        let mut made = Self { vectors, sides: 0, making: 0 };
+        for side in [(input, n), (output, m)].into_iter().filter(|s| s.0).map(|s| s.1) {
+            made.sides += cost::side_bytes(side, models, rotated, 4);
+            made.making += cost::side_setup_bytes(kind, side, models, 4);
+        }
+        made
+    }
 }
 
 /// Rank of a factor stored as `F`, `None` where it is a full or packed Gram.

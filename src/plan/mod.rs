@@ -17,10 +17,11 @@ use shards::{LayoutError, OutputLayout, TensorSpec};
 use crate::config::{MergeConfig, OutDtype};
 use crate::merge::block::{Stage, Strategy};
 use crate::merge::{
-    Inputs, LayerPosition, MergeError, Recipe, SolverChoice, SourceId, System, gram_key, input_factors_key,
-    resolve, statistics_keys,
+    Inputs, Iteration, LayerPosition, MergeError, Recipe, Solve, SolverChoice, SourceId, System, apply_flops,
+    gram_key, input_factors_key, kronecker_kind, resolve, rotates, statistics_keys,
 };
 use crate::operator::BlockShape;
+use crate::precond::{KroneckerKind, cost};
 use crate::read::{Dtype, TensorMeta};
 use crate::report::units::Bytes;
 
@@ -305,7 +306,7 @@ impl Planner<'_> {
             plan.block = BlockShape::new(out, input);
         }
         plan.read_bytes = self.read_bytes(meta, &recipe);
-        plan.flops = flops(plan.block, &recipe);
+        plan.flops = flops(inputs, &meta.name, plan.block, &recipe);
         plan.large = plan.large || plan.flops > LARGE_FLOPS;
         let least = match budget::fit(inputs, &meta.name, &recipe, plan.block, self.available) {
             Ok(BlockMemory { strategy, bytes }) => {
@@ -344,8 +345,8 @@ fn stored(dtype: OutDtype) -> Dtype {
     }
 }
 
-/// Upper bound of a recipe's flops, from its shapes.
-fn flops(shape: BlockShape, recipe: &Recipe) -> f64 {
+/// Upper bound of a recipe's flops, from its shapes: setting up included.
+fn flops(inputs: &Inputs, tensor: &str, shape: BlockShape, recipe: &Recipe) -> f64 {
     let (m, n) = (shape.out_features as f64, shape.in_features as f64);
     let mut total = recipe.start.sources().len() as f64 * 2.0 * m * n;
     for solve in &recipe.solves {
@@ -353,19 +354,46 @@ fn flops(shape: BlockShape, recipe: &Recipe) -> f64 {
         let one = match solve.system {
             System::Identity | System::FisherDiagonal => 4.0 * models * m * n,
             System::Gram(_) => 2.0 * m * n * n,
-            System::Kfac => models * 2.0 * m * n * (m + n),
+            System::Kfac => apply_flops(shape, solve.models.len()),
         };
         total += match (solve.solver, solve.system) {
-            (SolverChoice::Iterative { max_iterations, .. }, System::Gram(_)) => {
-                one * (max_iterations as f64 + 2.0 * models + 1.0)
+            (SolverChoice::Iterative(iteration), system) => {
+                let steps = iteration.max_iterations as f64;
+                let (setup, step) = preconditioner_flops(inputs, tensor, solve, shape, &iteration);
+                // Right-hand side and true residual take an application each beside the initial one, by terms.
+                let ends = if matches!(system, System::Gram(_)) { 2.0 * models + 1.0 } else { 3.0 };
+                setup + (steps + ends) * one + steps * step
             }
-            (SolverChoice::Iterative { max_iterations, .. }, _) => one * (max_iterations as f64 + 3.0),
             (SolverChoice::Direct, System::Gram(_)) => one * (2.0 * models + 2.0) + n * n * n / 3.0,
             (SolverChoice::Direct, System::Kfac) => 2.0 * one + 30.0 * (m * m * m + n * n * n),
             (SolverChoice::Direct, _) => one,
         };
     }
     total
+}
+
+/// Flops of making a solve's preconditioner, and of applying it once.
+fn preconditioner_flops(
+    inputs: &Inputs,
+    tensor: &str,
+    solve: &Solve,
+    shape: BlockShape,
+    iteration: &Iteration,
+) -> (f64, f64) {
+    let (m, n) = (shape.out_features, shape.in_features);
+    let Some(kind) = kronecker_kind(iteration.preconditioner) else { return (0.0, 0.0) };
+    let sides: &[(usize, usize)] = match solve.system {
+        System::Identity | System::FisherDiagonal => &[],
+        System::Gram(_) => &[(n, m)],
+        System::Kfac if kind == KroneckerKind::Hybrid && m < n => &[(m, n)],
+        System::Kfac if kind == KroneckerKind::Hybrid && n < m => &[(n, m)],
+        System::Kfac => &[(n, m), (m, n)],
+    };
+    let rotated = solve.system == System::Kfac && rotates(inputs, tensor, solve, shape);
+    let models = solve.models.len();
+    let setup = sides.iter().map(|(side, _)| cost::side_flops(kind, *side, models, rotated)).sum();
+    let products: f64 = sides.iter().map(|(side, other)| 4.0 * (side * side * other) as f64).sum();
+    if rotated { (setup + products, 0.0) } else { (setup, products) }
 }
 
 /// Whether the last solve keeps its input factors in memory.

@@ -1,7 +1,5 @@
-use rayon::prelude::*;
-
-use super::Preconditioner;
-use crate::kernel::{Buffer, Real, Threading};
+use super::{Preconditioner, SetupCost};
+use crate::kernel::{Buffer, Real, vector};
 use crate::operator::{LinearOperator, OperatorError, Workspace};
 
 /// Entries below this fraction of the largest count as null directions and are passed through unscaled by it: dividing
@@ -38,21 +36,15 @@ impl<T: Real> Preconditioner<T> for Jacobi<T> {
     fn name(&self) -> &'static str {
         "jacobi"
     }
+    fn setup_cost(&self) -> SetupCost {
+        SetupCost { flops: 2.0 * self.inverse.len() as f64, bytes: self.inverse.bytes() as u64 }
+    }
+    fn flops(&self) -> f64 {
+        self.inverse.len() as f64
+    }
     fn apply_inverse(&self, r: &[T], z: &mut [T], workspace: &mut Workspace<T>) -> Result<(), OperatorError> {
-        let piece = |z: &mut [T], r: &[T], inverse: &[T]| {
-            for ((z, r), d) in z.iter_mut().zip(r).zip(inverse) {
-                *z = T::from_f64(r.to_f64() * d.to_f64());
-            }
-        };
-        const PIECE: usize = 1 << 16;
-        match workspace.threading {
-            Threading::Sequential => piece(z, r, &self.inverse),
-            Threading::Parallel => z
-                .par_chunks_mut(PIECE)
-                .zip(r.par_chunks(PIECE))
-                .zip(self.inverse.par_chunks(PIECE))
-                .for_each(|((z, r), d)| piece(z, r, d)),
-        }
+        z.copy_from_slice(r);
+        vector::multiply(&self.inverse, z, workspace.threading);
         Ok(())
     }
 }

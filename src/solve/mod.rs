@@ -7,13 +7,15 @@ pub mod cg;
 pub mod cholesky;
 pub mod eigen;
 pub mod observe;
+pub mod refine;
 pub mod stop;
 
 pub use cg::{CgOutcome, CgVectors, conjugate_gradients};
 pub use observe::{History, Observer, Silent};
+pub use refine::{RefineGoal, RefineOutcome, Refined, refine};
 pub use stop::{
-    Any, Cancelled, DirectMethod, IterationRecord, MaxIterations, ObjectiveDecrease, RelativeResidual,
-    SolveStart, StopReason, StoppingRule, TimeLimit,
+    Any, Cancelled, DirectMethod, IterationRecord, MaxIterations, ObjectiveDecrease, PreconditionedResidual,
+    RelativeResidual, SolveStart, Stagnation, StopReason, StoppingRule, TimeLimit,
 };
 
 use crate::kernel::{Buffer, Real, Threading, vector};

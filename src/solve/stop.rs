@@ -39,6 +39,10 @@ pub enum StopReason {
     RelativeResidual,
     /// A step's decrease of the objective fell below the tolerance.
     ObjectiveDecrease,
+    /// The residual in the preconditioner's norm fell to the tolerance.
+    PreconditionedResidual,
+    /// The residual reached what rounding leaves of it: more than this precision gives was asked for.
+    Stagnated,
     /// The last allowed step was taken.
     MaxIterations,
     /// Time ran out.
@@ -81,6 +85,8 @@ impl StopReason {
         match self {
             Self::RelativeResidual => "relative_residual",
             Self::ObjectiveDecrease => "objective_decrease",
+            Self::PreconditionedResidual => "preconditioned_residual",
+            Self::Stagnated => "stagnated",
             Self::MaxIterations => "max_iterations",
             Self::TimeLimit => "time_limit",
             Self::Solved => "solved",
@@ -102,6 +108,7 @@ impl StopReason {
             self,
             Self::RelativeResidual
                 | Self::ObjectiveDecrease
+                | Self::PreconditionedResidual
                 | Self::Solved
                 | Self::ZeroOperator
                 | Self::Direct(_)
@@ -147,6 +154,65 @@ impl StoppingRule for ObjectiveDecrease {
     fn check(&mut self, step: &IterationRecord) -> Option<StopReason> {
         (step.iteration > 0 && step.decrease <= self.0 * step.total_decrease)
             .then_some(StopReason::ObjectiveDecrease)
+    }
+}
+
+/// Stops when `√⟨r, M⁻¹r⟩` has fallen to this fraction of its start: the residual in the norm in which a good
+/// preconditioner makes all directions count alike.
+#[derive(Clone, Copy, Debug)]
+pub struct PreconditionedResidual {
+    tolerance: f64,
+    start: Option<f64>,
+}
+
+impl PreconditionedResidual {
+    /// Relative to the norm before the first step.
+    pub fn new(tolerance: f64) -> Self {
+        Self { tolerance, start: None }
+    }
+}
+
+impl StoppingRule for PreconditionedResidual {
+    fn start(&mut self, _start: &SolveStart) {
+        self.start = None;
+    }
+    fn check(&mut self, step: &IterationRecord) -> Option<StopReason> {
+        let start = *self.start.get_or_insert(step.preconditioned_norm);
+        (step.preconditioned_norm <= self.tolerance * start).then_some(StopReason::PreconditionedResidual)
+    }
+}
+
+/// Stops where the recurrence's residual no longer is the true one.
+///
+/// Every update `r ← r - α·A·p` rounds by about `u·‖α·A·p‖ ≤ u·(‖rₖ‖ + ‖rₖ₊₁‖)`, and these errors stay in the true
+/// residual while the recurrence's goes on falling (van der Vorst & Ye 2000). Once the recurrence is below their sum,
+/// further steps change nothing that is real.
+#[derive(Clone, Copy, Debug)]
+pub struct Stagnation {
+    unit_roundoff: f64,
+    errors: f64,
+    last: f64,
+}
+
+impl Stagnation {
+    /// For vectors and operators at the precision of `T`.
+    pub fn of<T: crate::kernel::Real>() -> Self {
+        let unit_roundoff = if T::BYTES == 4 { 2f64.powi(-24) } else { 2f64.powi(-53) };
+        Self { unit_roundoff, errors: 0.0, last: 0.0 }
+    }
+}
+
+impl StoppingRule for Stagnation {
+    fn start(&mut self, start: &SolveStart) {
+        self.errors = 0.0;
+        self.last = start.residual_norm;
+    }
+    fn check(&mut self, step: &IterationRecord) -> Option<StopReason> {
+        if step.iteration > 0 {
+            self.errors += self.unit_roundoff * (self.last + step.residual_norm);
+            self.last = step.residual_norm;
+        }
+        (step.iteration > 0 && step.residual_norm <= self.errors).then_some(StopReason::Stagnated)
     }
 }
 

@@ -31,7 +31,7 @@ fn refusals() {
         (
             mats("solver: {max_iter: 3}"),
             "3: solver.max_iter: unknown key (expected one of method, preconditioner, \
-             max_iterations, tolerance, ridge); did you mean `max_iterations`?",
+             max_iterations, tolerance, ridge, stop); did you mean `max_iterations`?",
         ),
         (
             mats("initial: avrage"),
@@ -220,6 +220,23 @@ fn refusals() {
         (
             mats("parameters: {off_diagonal: 1.5}"),
             "3: parameters.off_diagonal: expected a number from 0 to 1, got `1.5`",
+        ),
+        (
+            mats("solver: {method: cg, stop: {objective_decrease: 0.1}}"),
+            "3: solver.stop: only `method: pcg` has more than one stopping rule, and the method here is cg",
+        ),
+        (
+            mats("solver: {method: pcg, tolerance: 0.1, stop: {seconds: 1}}"),
+            "3: solver.stop: stands in the place of `tolerance`: give one of the two",
+        ),
+        (
+            mats("solver: {method: pcg, stop: {}}"),
+            "3: solver.stop: names no rule: give `objective_decrease`, say",
+        ),
+        (
+            mats("solver: {method: pcg, stop: {residual: 1}}"),
+            "3: solver.stop.residual: unknown key (expected one of objective_decrease, \
+             preconditioned_residual, relative_residual, seconds); did you mean `relative_residual`?",
         ),
         (mats("solver: {ridge: -1}"), "3: solver.ridge: expected a finite number of at least 0, got `-1`"),
         (
