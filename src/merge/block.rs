@@ -13,7 +13,8 @@ use super::elementwise::Scratch;
 use super::iterative::{BlockContext, IterativeMemory, SharedFactors, SolveDetail, SolveOutcome};
 use super::resolve::gram_key;
 use super::{
-    MergeError, PIECE, Recipe, Solve, SolverChoice, Start, System, iterative, merge_elementwise, two_term,
+    MergeError, PIECE, Recipe, Solve, SolverChoice, Start, System, iterative, merge_elementwise, refined,
+    two_term,
 };
 use crate::kernel::{Buffer, Real, Threading};
 use crate::solve::StopReason;
@@ -40,6 +41,8 @@ pub enum Stage {
     Direct(DirectMemory),
     /// Conjugate gradients on the whole block.
     Iterative(IterativeMemory),
+    /// The same with f64 residuals and an f64 result.
+    Refined(IterativeMemory),
     /// Two-model K-FAC on the whole block.
     TwoTerm,
 }
@@ -125,8 +128,17 @@ pub fn merge_block(
                             iterative::solve_block(context, solve, memory, &x0, &mut d, &mut shared.factors)?;
                         (finish_displacement(context, x0, &d, last.then_some(emit))?, vec![outcome])
                     }
-                    Stage::TwoTerm => {
-                        two_term_run(context, &recipe.solves[k], &source, last.then_some(emit))?
+                    Stage::TwoTerm => wide_run(context, &source, last.then_some(emit), &mut |x| {
+                        two_term::solve_block(context, &recipe.solves[k], x)
+                    })?,
+                    Stage::Refined(memory) => {
+                        let solve = &recipe.solves[k];
+                        let SolverChoice::Iterative(iteration) = &solve.solver else {
+                            unreachable!("only an iteration is refined")
+                        };
+                        wide_run(context, &source, last.then_some(emit), &mut |x| {
+                            refined::solve_block(context, solve, iteration, memory, x, &mut shared.factors)
+                        })?
                     }
                 };
                 outcomes.append(&mut found);
@@ -510,15 +522,16 @@ fn finish_displacement(
     }
 }
 
-fn two_term_run(
+/// A solve of the whole block in f64: the initial guess goes in, the solution comes out.
+fn wide_run(
     context: &BlockContext<'_>,
-    solve: &Solve,
     source: &Source<'_>,
     emit: Option<&Emit<'_>>,
+    solve: &mut dyn FnMut(&mut [f64]) -> Result<SolveOutcome, MergeError>,
 ) -> Result<(Buffer<f32>, Vec<SolveOutcome>), MergeError> {
     let mut x = Buffer::<f64>::zeroed(context.shape.elements());
     source.read(context, 0, &mut x)?;
-    let outcome = two_term::solve_block(context, solve, &mut x)?;
+    let outcome = solve(&mut x)?;
     let mut whole = Buffer::<f32>::zeroed(if emit.is_some() { 0 } else { x.len() });
     match emit {
         Some(emit) => emit_all(context, 0, &x, emit)?,

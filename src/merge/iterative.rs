@@ -39,11 +39,23 @@ pub struct IterativeMemory {
 pub struct SharedFactors {
     /// Held factors, by model, key and off-diagonal scaling.
     factors: HashMap<(usize, String, u64), Factor<f32>>,
-    /// Bases with the factors in them, by those, the weights and the kind.
-    pub(super) sides: HashMap<String, Side<f32>>,
+    /// The basis with the factors in it that was made last, and what it was made of: one is what the plan counts.
+    side: Option<(String, Side<f32>)>,
 }
 
 impl SharedFactors {
+    /// The input side of a preconditioner, if this very one was made last. Another one is dropped: its successor takes
+    /// its place in memory.
+    pub(super) fn side(&mut self, key: &str) -> Option<Side<f32>> {
+        self.side.take_if(|(known, _)| known != key);
+        self.side.as_ref().map(|(_, side)| side.clone())
+    }
+
+    /// Keeps an input side for the next tensor.
+    pub(super) fn keep_side(&mut self, key: String, side: Side<f32>) {
+        self.side = Some((key, side));
+    }
+
     /// An input factor that is held for the other tensors of the unit, or loaded for one.
     pub(super) fn input_factor(
         &mut self,

@@ -154,12 +154,14 @@ impl KfacSystem {
                 let rotate = rotates(inputs, tensor, solve, shape);
                 let weights: Vec<f64> = self.operator.terms_weights().collect();
                 let (input, output) = self.operator.sides();
+                // A model whose factors are zero here is no term: then nothing is shared.
+                let terms: Vec<usize> = self.handles.iter().map(|(model, _, _)| model.model).collect();
                 let key = format!(
-                    "{} {kind:?} {rotate} {weights:?} {:?}",
-                    input_factors_key(inputs, tensor, solve).unwrap_or_default(),
+                    "{} {terms:?} {:?}",
+                    input_factors_key(inputs, tensor, solve, shape).unwrap_or_default(),
                     self.input_scale
                 );
-                let known = shared.sides.get(&key).cloned();
+                let known = shared.side(&key);
                 let a = || match known {
                     Some(side) => Ok(side),
                     None => Side::of(kind, &input, shape.out_features, rotate, threading),
@@ -170,7 +172,7 @@ impl KfacSystem {
                     Threading::Parallel => rayon::join(a, g),
                 };
                 let (a, g) = (a.map_err(failed)?, g.map_err(failed)?);
-                shared.sides.insert(key, a.clone());
+                shared.keep_side(key, a.clone());
                 if rotate {
                     let scales = (self.input_scale, self.scale / self.input_scale);
                     let rotated = Rotated::new(shape, a, g, &weights, scales)?;

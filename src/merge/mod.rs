@@ -3,7 +3,7 @@
 //! `resolve` turns a config's rounds into a [`Recipe`] for one tensor from headers alone; `block` carries a recipe out:
 //! `elementwise` makes starting points and averages piece by piece, `direct` solves what has a closed form by rows,
 //! `iterative` runs conjugate gradients on a whole block, with `kfac` making the K-FAC system and its preconditioner,
-//! `two_term` solves two-model K-FAC exactly. `plan` calls the
+//! `refined` does so past f32, and `two_term` solves two-model K-FAC exactly. `plan` calls the
 //! first, `stream` the second. Nothing here decides what runs when, or writes a file.
 
 pub mod block;
@@ -14,6 +14,7 @@ mod inputs;
 mod iterative;
 mod kfac;
 mod recipe;
+mod refined;
 mod resolve;
 mod terms;
 mod two_term;
@@ -24,6 +25,7 @@ pub use inputs::{Inputs, ModelInput, SourceId, Tally};
 pub use iterative::{BlockContext, IterativeMemory, SolveDetail, SolveOutcome};
 pub(crate) use kfac::{apply_flops, kronecker_kind, rotates};
 pub use recipe::{GramKind, Iteration, Recipe, Solve, SolveModel, SolverChoice, Start, System};
+pub(crate) use refined::memory_bytes as refined_bytes;
 pub use resolve::{LayerPosition, Resolution, resolve};
 pub(crate) use resolve::{gram_key, input_factors_key, statistics_keys};
 pub use two_term::memory_bytes as two_term_bytes;

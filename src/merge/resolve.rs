@@ -7,6 +7,7 @@ use crate::config::{
     DeltaScale, Initial, MergeConfig, Method, PreconditionerKind, Round, SolverMethod, StopConfig, Subspace,
     TASK_VECTOR_RIDGE, Unmatched,
 };
+use crate::operator::BlockShape;
 use crate::read::{Checkpoint, TensorMeta};
 use crate::statistics::{Form, Kind};
 
@@ -467,13 +468,28 @@ pub(crate) fn gram_key(inputs: &Inputs, tensor: &str, solve: &Solve) -> Option<S
     })
 }
 
-/// Identifies the input factors of a K-FAC solve.
-pub(crate) fn input_factors_key(inputs: &Inputs, tensor: &str, solve: &Solve) -> Option<String> {
+/// Identifies what tensors with one input can share in a K-FAC solve: factors, weights, and the form their
+/// preconditioner's input side takes beside a weight of this shape.
+pub(crate) fn input_factors_key(
+    inputs: &Inputs,
+    tensor: &str,
+    solve: &Solve,
+    shape: BlockShape,
+) -> Option<String> {
     (solve.system == System::Kfac && solve.solver != SolverChoice::Direct).then(|| {
         let mut keys = statistics_keys(inputs, tensor, solve);
         keys.retain(|(_, kind, _)| matches!(kind, Kind::InputGram | Kind::InputFactor));
-        let scaling: Vec<_> = solve.models.iter().map(|m| m.off_diagonal.to_bits()).collect();
-        format!("kfac {:?}", (keys, scaling))
+        let scaling: Vec<_> =
+            solve.models.iter().map(|m| (m.weight.to_bits(), m.off_diagonal.to_bits())).collect();
+        let preconditioner = solve.solver.preconditioner();
+        let form = match preconditioner {
+            Some(PreconditionerKind::Kronecker) => super::rotates(inputs, tensor, solve, shape),
+            Some(PreconditionerKind::Hybrid) => {
+                crate::precond::cost::hybrid_keeps(shape.in_features, shape.out_features)
+            }
+            _ => false,
+        };
+        format!("kfac {:?}", (keys, scaling, preconditioner, form))
     })
 }
 

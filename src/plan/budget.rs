@@ -6,7 +6,7 @@
 use crate::config::PreconditionerKind;
 use crate::kernel::PANEL;
 use crate::merge::block::{Stage, Strategy, is_elementwise};
-use crate::merge::{DirectMemory, IterativeMemory, two_term_bytes};
+use crate::merge::{DirectMemory, IterativeMemory, refined_bytes, two_term_bytes};
 use crate::merge::{
     GramKind, Inputs, Iteration, Recipe, Solve, SolverChoice, System, kronecker_kind, rotates,
 };
@@ -92,8 +92,12 @@ fn candidate(recipe: &Recipe, shape: BlockShape, frugality: usize) -> Option<Can
             (SolverChoice::Direct, _) => {
                 Stage::Direct(DirectMemory { tile_rows, keep_formed: frugality <= 1, eigen })
             }
-            (SolverChoice::Iterative(_), _) => {
-                Stage::Iterative(IterativeMemory { hold_a: frugality <= 1, hold_g: frugality == 0 })
+            (SolverChoice::Iterative(iteration), system) => {
+                let memory = IterativeMemory { hold_a: frugality <= 1, hold_g: frugality == 0 };
+                match system {
+                    System::Kfac if iteration.refines() => Stage::Refined(memory),
+                    _ => Stage::Iterative(memory),
+                }
             }
         })
         .collect();
@@ -135,7 +139,7 @@ fn stage_bytes(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, 
             memory.bytes(m, n, &ranks)
         }
         (Stage::Direct(_), _) => 0,
-        (Stage::Iterative(memory), system) => {
+        (Stage::Iterative(memory) | Stage::Refined(memory), system) => {
             let SolverChoice::Iterative(iteration) = solve.solver else { return 0 };
             let preconditioner = Preconditioning::of(inputs, tensor, solve, shape, &iteration);
             let panel = PANEL.min(m.max(n)) as u64;
@@ -156,7 +160,8 @@ fn stage_bytes(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, 
             // The initial guess and the displacement are there while the preconditioner is made, the rest comes after.
             let making = 2 * whole + preconditioner.making;
             let iterating = preconditioner.vectors * whole;
-            system * 4 + preconditioner.sides + making.max(iterating)
+            let refined = if matches!(stage, Stage::Refined(_)) { refined_bytes(shape) } else { 0 };
+            system * 4 + preconditioner.sides + making.max(iterating) + refined
         }
     }
 }

@@ -399,7 +399,7 @@ fn preconditioner_flops(
 /// Whether the last solve keeps its input factors in memory.
 fn holds_input(block: &BlockPlan) -> bool {
     let Action::Merge { strategy: Strategy::Stages(stages), .. } = &block.action else { return false };
-    !matches!(stages.last(), Some(Stage::Iterative(memory)) if !memory.hold_a)
+    !matches!(stages.last(), Some(Stage::Iterative(memory) | Stage::Refined(memory)) if !memory.hold_a)
 }
 
 /// Groups blocks that share a factored Gram or held input factors, at the place of the first of them.
@@ -409,7 +409,8 @@ fn units(inputs: &Inputs, blocks: &[BlockPlan]) -> Vec<Unit> {
     for (k, block) in blocks.iter().enumerate() {
         let key = match &block.action {
             Action::Merge { recipe, .. } => recipe.solves.last().and_then(|solve| {
-                gram_key(inputs, &block.name, solve).or_else(|| input_factors_key(inputs, &block.name, solve))
+                gram_key(inputs, &block.name, solve)
+                    .or_else(|| input_factors_key(inputs, &block.name, solve, block.block))
             }),
             Action::Copy { .. } => None,
         };

@@ -40,7 +40,8 @@ impl BlockPlan {
                         "whole".to_owned()
                     }
                     Stage::Direct(memory) => format!("tiles of {} rows", memory.tile_rows),
-                    Stage::Iterative(memory) => match (memory.hold_a, memory.hold_g) {
+                    Stage::Iterative(memory) | Stage::Refined(memory) => match (memory.hold_a, memory.hold_g)
+                    {
                         (true, true) => "factors held",
                         (true, false) => "output factors streamed",
                         _ => "factors streamed",

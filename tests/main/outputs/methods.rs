@@ -363,7 +363,7 @@ fn gram_cg_agrees_with_the_direct_solve() {
 #[test]
 fn pcg_agrees_with_the_ridged_system() {
     let world = World::new(3, 16);
-    for preconditioner in ["none", "jacobi"] {
+    for preconditioner in ["none", "jacobi", "kronecker", "kronecker_cholesky", "generalized", "hybrid"] {
         let head = format!(
             "merge_method: mats\nsubspace: kfac\nsolver: {{ method: pcg, preconditioner: {preconditioner}, tolerance: 0, max_iterations: 60 }}"
         );
@@ -377,7 +377,64 @@ fn pcg_agrees_with_the_ridged_system() {
                 43.0 * 10.0 * HALF_ULP,
                 &format!("{preconditioner} {name}"),
             );
+            // The report says how it went and what it took.
+            let record = merged.parameter(name);
+            let steps = record["iterations"].as_u64().expect("a count") as usize;
+            let history = record["history"].as_array().expect("one entry a step");
+            assert_eq!(history.len(), steps + 1, "{record}");
+            let objectives: Vec<f64> = history.iter().filter_map(|h| h["objective"].as_f64()).collect();
+            assert!(objectives.windows(2).all(|w| w[1] <= w[0]), "{record}");
+            if preconditioner == "none" {
+                assert!(record["preconditioner"].is_null() && record["setup"].is_null(), "{record}");
+            } else {
+                assert_eq!(record["preconditioner"], preconditioner, "{record}");
+                assert!(record["setup"]["flops"].as_f64().is_some_and(|f| f > 0.0), "{record}");
+                assert!(record["setup"]["bytes"].as_u64().is_some_and(|b| b > 0), "{record}");
+            }
         }
+    }
+}
+
+#[test]
+fn refinement_reaches_what_f32_does_not() {
+    let world = World::new(3, 17);
+    let solver = |tolerance: &str| {
+        format!(
+            "merge_method: mats\nsubspace: kfac\nout_dtype: float64\n\
+             solver: {{ method: pcg, max_iterations: 200, stop: {{ relative_residual: {tolerance} }} }}"
+        )
+    };
+    let merged = world.merge(&solver("1.0e-12"), "refined");
+    for (w, (name, _, _)) in WEIGHTS.iter().enumerate() {
+        let record = merged.parameter(name);
+        assert_eq!(record["stop_reason"], "relative_residual", "{record}");
+        assert!(record["final_relative_residual"].as_f64().is_some_and(|r| r <= 1e-12), "{record}");
+        let expected = kfac_solution(&world.terms(w, &[1.0; 3]), &world.mean_weight(w), 1.0);
+        // 1e-12 of b, times a condition below 1 + 42.
+        assert_near(&merged.values(name), &expected, 43.0 * 2e-12, name);
+    }
+    // A goal that f32 meets is left to f32.
+    let merged = world.merge(&solver("1.0e-5"), "plain");
+    let record = merged.parameter(WEIGHTS[0].0);
+    assert_eq!(record["stop_reason"], "relative_residual", "{record}");
+    assert!(record["final_relative_residual"].as_f64().is_some_and(|r| r > 1e-9), "{record}");
+}
+
+#[test]
+fn rules_of_pcg_are_reported() {
+    let world = World::new(3, 18);
+    for (rule, value, reason) in [
+        ("preconditioned_residual", "1.0e-3", "preconditioned_residual"),
+        ("objective_decrease", "1.0e-3", "objective_decrease"),
+        ("seconds", "0", "time_limit"),
+    ] {
+        let merged = world.merge(
+            &format!(
+                "merge_method: mats\nsubspace: kfac\nsolver: {{ method: pcg, stop: {{ {rule}: {value} }} }}"
+            ),
+            rule,
+        );
+        assert_eq!(merged.parameter(WEIGHTS[0].0)["stop_reason"], reason);
     }
 }
 

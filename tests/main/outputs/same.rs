@@ -6,8 +6,14 @@ use crate::util::{Merged, Random, Scratch, Statistics, Tensor, models};
 /// A side longer than any panel or piece that a solver works in is likely to be, and one shorter.
 const LONG: usize = 530;
 const SHORT: usize = 90;
-const TENSORS: [(&str, [usize; 2]); 3] =
-    [("up.weight", [LONG, SHORT]), ("down.weight", [SHORT, LONG]), ("embed_tokens.weight", [700, 32])];
+/// Near square: its system is moved into the eigenbases.
+const SQUARE: [usize; 2] = [SHORT, 70];
+const TENSORS: [(&str, [usize; 2]); 4] = [
+    ("up.weight", [LONG, SHORT]),
+    ("down.weight", [SHORT, LONG]),
+    ("square.weight", SQUARE),
+    ("embed_tokens.weight", [700, 32]),
+];
 
 /// `XᵀX/64 + I/10`: well conditioned whatever the side.
 fn gram(side: usize, random: &mut Random) -> Vec<f64> {
@@ -45,7 +51,9 @@ impl World {
                     .full("up.weight/input_gram", SHORT, &short)
                     .packed("up.weight/output_gram", LONG, &long)
                     .full("down.weight/input_gram", LONG, &long)
-                    .full("down.weight/output_gram", SHORT, &short);
+                    .full("down.weight/output_gram", SHORT, &short)
+                    .full("square.weight/input_gram", SQUARE[1], &gram(SQUARE[1], &mut random))
+                    .packed("square.weight/output_gram", SQUARE[0], &short);
             }
             let norm: Vec<f64> = random.values(LONG).iter().map(|v| v * v).collect();
             statistics.diagonal("norm.weight", &[LONG], &norm).write(&scratch, &format!("m{k}.safetensors"));
@@ -64,6 +72,7 @@ impl World {
     /// Merges in every way there is; all give the same tensors.
     fn agree(&self, head: &str) -> Merged {
         let config = self.config(head, "m");
+        let _ = std::fs::remove_dir_all(self.scratch.join("expected"));
         let expected = self.scratch.merge(
             &config,
             "expected",
@@ -77,6 +86,11 @@ impl World {
             assert_eq!(merged.tensors.len(), expected.tensors.len());
             merged
         };
+        for out in ["again", "pread", "one_thread", "least_memory", "little_memory", "many_shards", "sharded"]
+        {
+            // Left by an earlier call.
+            let _ = std::fs::remove_dir_all(self.scratch.join(out));
+        }
         same("again", &config, &[]);
         same("pread", &config, &["--io", "pread"]);
         same("one_thread", &config, &["--threads", "1"]);
@@ -93,7 +107,8 @@ impl World {
             self.scratch.sharded_model(&format!("s{k}"), model, 3);
         }
         self.scratch.sharded_model("base", &self.base, 2);
-        std::fs::remove_file(self.scratch.join("base/model.safetensors")).expect("it was a single file");
+        // Gone where an earlier call has been here.
+        let _ = std::fs::remove_file(self.scratch.join("base/model.safetensors"));
         same("sharded", &self.config(head, "s"), &["--threads", "2"]);
         let output = self.scratch.run(&["diff", "expected", "many_shards"]);
         assert_eq!(output.code, 0, "{}", output.stdout);
@@ -109,6 +124,24 @@ fn kfac_cg() {
     );
     assert_eq!(merged.parameter("up.weight")["subspace"], "kfac");
     assert_eq!(merged.parameter("norm.weight")["subspace"], "fisher_diagonal");
+}
+
+#[test]
+fn kfac_preconditioned() {
+    let world = World::new(3, true);
+    for preconditioner in ["jacobi", "kronecker", "kronecker_cholesky", "generalized", "hybrid"] {
+        let merged = world.agree(&format!(
+            "merge_method: mats\nsubspace: kfac\ninitial: average\n\
+             solver: {{ method: pcg, preconditioner: {preconditioner}, max_iterations: 3 }}"
+        ));
+        for name in ["up.weight", "down.weight", "square.weight"] {
+            assert_eq!(merged.parameter(name)["preconditioner"], preconditioner);
+        }
+    }
+    world.agree(
+        "merge_method: mats\nsubspace: kfac\ninitial: average\n\
+         solver: { method: pcg, stop: { relative_residual: 1.0e-9 } }",
+    );
 }
 
 #[test]
