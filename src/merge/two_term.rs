@@ -1,5 +1,7 @@
 //! K-FAC merging of at most two models, exactly: two generalised eigendecompositions instead of iterations.
 
+use std::time::Instant;
+
 use super::iterative::{BlockContext, SolveDetail, SolveOutcome, residual_at};
 use super::kfac::{kfac_handles, mean_diagonal, power_of_two_scale};
 use super::terms::FactorHandle;
@@ -9,6 +11,7 @@ use crate::operator::{
     BlockShape, Damped, Factor, KroneckerSum, KroneckerTerm, LinearOperator, OperatorError, Workspace,
 };
 use crate::precond::Preconditioner;
+use crate::report::SetupReport;
 use crate::solve::eigen::{Eigen, Pencil, TwoTermInverse};
 use crate::solve::stop::{DirectMethod, StopReason};
 use crate::solve::{Any, CgVectors, MaxIterations, RelativeResidual, SolveStart, conjugate_gradients};
@@ -41,6 +44,7 @@ pub fn solve_block(
 ) -> Result<SolveOutcome, MergeError> {
     let BlockContext { tensor, shape, threading, .. } = *context;
     let (m, n) = (shape.out_features, shape.in_features);
+    let started = Instant::now();
     let handles = kfac_handles(context, solve)?;
     let mean = mean_diagonal(shape, &handles);
     let mut outcome = SolveOutcome {
@@ -74,6 +78,13 @@ pub fn solve_block(
     let a = pencil(&a, n, threading)?.map_err(failed)?;
     let g = pencil(&g, m, threading)?.map_err(failed)?;
     let inverse = TwoTermInverse::new(a, g, shift);
+    let (mf, nf) = (m as f64, n as f64);
+    let setup = SetupReport {
+        seconds: started.elapsed().as_secs_f64(),
+        // Two decompositions and three products a side.
+        flops: 24.0 * (mf.powi(3) + nf.powi(3)),
+        bytes: 8 * (m * m + n * n) as u64,
+    };
     let operator = KroneckerSum::new(shape, terms)?;
     let mut workspace = Workspace::new(operator.scratch_elements().max(m * n), threading);
 
@@ -88,7 +99,9 @@ pub fn solve_block(
     let residual_norm = vector::dot(&r, &r, threading).sqrt();
     outcome.initial_relative_residual = Some(relative(residual_norm));
     outcome.stop = StopReason::Direct(DirectMethod::GeneralisedEigen);
-    outcome.flops = 3.0 * operator.flops();
+    outcome.flops = setup.flops + 3.0 * operator.flops();
+    outcome.detail.setup = Some(setup);
+    let started = Instant::now();
 
     let mut d = Buffer::<f64>::zeroed(m * n);
     let preconditioner = InPencils { inverse, elements: m * n };
@@ -114,6 +127,7 @@ pub fn solve_block(
         outcome.iterations = Some(cg.iterations);
         outcome.flops += damped.flops() * cg.iterations as f64;
     }
+    outcome.detail.solve_seconds = Some(started.elapsed().as_secs_f64());
     vector::axpy(1.0, &d, x, threading);
     let objective = residual_at(context, &operator, &models, x, &mut r, &mut p, &mut workspace)? / scale;
     vector::axpy(-shift, &d, &mut r, threading);
