@@ -8,6 +8,7 @@ use crate::config::{
     TASK_VECTOR_RIDGE, Unmatched,
 };
 use crate::operator::BlockShape;
+use crate::precond::{KroneckerKind, cost};
 use crate::read::{Checkpoint, TensorMeta};
 use crate::statistics::{Form, Kind};
 
@@ -405,20 +406,35 @@ impl Resolver<'_> {
         } else {
             let pcg = method == SolverMethod::Pcg;
             let (iterations, tolerance) = if pcg { PCG_DEFAULTS } else { CG_DEFAULTS };
+            let max_iterations = round.solver.max_iterations_or(iterations);
             let tolerance = Some(round.solver.tolerance_or(tolerance));
             let default = match pcg {
                 true => StopConfig { objective_decrease: tolerance, ..StopConfig::default() },
                 false => StopConfig { relative_residual: tolerance, ..StopConfig::default() },
             };
             SolverChoice::Iterative(Iteration {
-                preconditioner: pcg
-                    .then(|| round.solver.preconditioner.unwrap_or(PreconditionerKind::Kronecker)),
-                max_iterations: round.solver.max_iterations_or(iterations),
+                preconditioner: pcg.then(|| {
+                    let preferred = || self.preconditioner(system, models.len(), max_iterations);
+                    round.solver.preconditioner.unwrap_or_else(preferred)
+                }),
+                max_iterations,
                 stop: round.solver.stop.unwrap_or(default),
             })
         };
         let floor = if direct && round.method == Method::Fisher { FISHER_FLOOR } else { 0.0 };
         Ok(Solve { system, models, solver, ridge, floor })
+    }
+
+    /// The preconditioner of a `pcg` that names none.
+    fn preconditioner(&self, system: System, models: usize, max_iterations: usize) -> PreconditionerKind {
+        let [out, input] = self.meta.shape[..] else { return PreconditionerKind::Kronecker };
+        match system {
+            System::Kfac => match cost::preferred(BlockShape::new(out, input), models, max_iterations) {
+                KroneckerKind::Cholesky => PreconditionerKind::KroneckerCholesky,
+                _ => PreconditionerKind::Kronecker,
+            },
+            _ => PreconditionerKind::Kronecker,
+        }
     }
 }
 

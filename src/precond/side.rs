@@ -8,7 +8,9 @@ use faer::{MatMut, Par};
 
 use super::cost::hybrid_keeps;
 use super::{KroneckerKind, PreconditionerError};
-use crate::kernel::{Buffer, PANEL, Real, Threading, gemm, mat, mat_mut, panels, transpose, vector};
+use crate::kernel::{
+    Buffer, PANEL, Real, Threading, gemm, gemm_lower, mat, mat_mut, panels, transpose, vector,
+};
 use crate::operator::{Factor, OperatorError, Panels, Symmetric, mirror};
 use crate::solve::cholesky;
 use crate::solve::eigen::{EIGENVALUE_FLOOR, Eigen};
@@ -18,6 +20,9 @@ pub type Weighted<'f, T> = [(f64, &'f Factor<T>)];
 
 /// Eigenvalues of a sum below this fraction of the largest are not whitened: f32 noise of the factors.
 const WHITEN_FLOOR: f64 = 1e-6;
+/// Largest condition at which a damped sum's inverse is rounded to f32: its own relative error of `u·condition` then stays
+/// below a tenth, and `M` positive definite. Past it the factors are applied one after the other.
+const INVERTIBLE: f64 = 1e6;
 /// Damping of a Cholesky side where it would otherwise fail, as a fraction of the mean diagonal: first, and at most.
 const DAMPING: (f64, f64) = (1e-9, 1e-2);
 
@@ -26,8 +31,8 @@ const DAMPING: (f64, f64) = (1e-9, 1e-2);
 pub struct Basis<T: Real> {
     /// Row k is the k-th vector: `Vᵀ` `[side, side]`.
     rows: Buffer<T>,
-    /// `V`, so that both products have row-major operands.
-    columns: Buffer<T>,
+    /// `V`, so that both products have row-major operands; `None` where it is the same.
+    columns: Option<Buffer<T>>,
 }
 
 impl<T: Real> Basis<T> {
@@ -35,12 +40,22 @@ impl<T: Real> Basis<T> {
     pub fn new(rows: Buffer<T>, side: usize, threading: Threading) -> Self {
         let mut columns = Buffer::<T>::zeroed(side * side);
         transpose(&rows, side, side, &mut columns, threading);
-        Self { rows, columns }
+        Self { rows, columns: Some(columns) }
+    }
+
+    /// A symmetric matrix in the place of `V`.
+    fn symmetric(rows: Buffer<T>) -> Self {
+        Self { rows, columns: None }
     }
 
     /// `Vᵀ`, row-major.
     pub fn rows(&self) -> &[T] {
         &self.rows
+    }
+
+    /// `V`, row-major.
+    pub fn columns(&self) -> &[T] {
+        self.columns.as_ref().unwrap_or(&self.rows)
     }
 }
 
@@ -56,6 +71,8 @@ pub struct Side<T: Real> {
     norms: Option<Arc<[f64]>>,
     /// `VᵀCᵢV`, weights not included.
     rotated: Option<Arc<Vec<Factor<T>>>>,
+    /// Whether `basis` is the inverse of the sum itself: one product instead of two.
+    inverted: bool,
 }
 
 impl<T: Real> Side<T> {
@@ -81,10 +98,15 @@ impl<T: Real> Side<T> {
                 let (mean_a, mean_g) = (mean_diagonal(&sum_a, n), mean_diagonal(&sum_g, m));
                 let pi = if mean_g > 0.0 && mean_a > 0.0 { (mean_a / mean_g).sqrt() } else { 1.0 };
                 let root = shift.max(0.0).sqrt();
+                let (damping_a, damping_g) = (pi * root, root / pi);
+                // The largest eigenvalue is below the trace, the least above the damping.
+                let condition = |mean: f64, side: usize, damping: f64| mean * side as f64 / damping;
+                let inverts = condition(mean_a, n, damping_a) <= INVERTIBLE
+                    && condition(mean_g, m, damping_g) <= INVERTIBLE;
                 both(
                     threading,
-                    || Self::cholesky(sum_a, n, pi * root, a.len(), threading),
-                    || Self::cholesky(sum_g, m, root / pi, g.len(), threading),
+                    || Self::cholesky(sum_a, n, damping_a, a.len(), inverts, threading),
+                    || Self::cholesky(sum_g, m, damping_g, g.len(), inverts, threading),
                 )
             }
             _ => both(
@@ -128,7 +150,7 @@ impl<T: Real> Side<T> {
         damping: f64,
         threading: Threading,
     ) -> Result<Self, PreconditionerError> {
-        Self::cholesky(sum(factors, threading)?, side_of(factors), damping, factors.len(), threading)
+        Self::cholesky(sum(factors, threading)?, side_of(factors), damping, factors.len(), false, threading)
     }
 
     /// A side on which `terms` operators are all the identity: the rows of a Gram system.
@@ -139,6 +161,7 @@ impl<T: Real> Side<T> {
             diagonals: Arc::new(vec![vec![1.0; side]; terms]),
             norms: None,
             rotated: None,
+            inverted: false,
         }
     }
 
@@ -168,6 +191,7 @@ impl<T: Real> Side<T> {
             diagonals: Arc::new(diagonals),
             norms: None,
             rotated: rotate.then(|| Arc::new(rotated)),
+            inverted: false,
         })
     }
 
@@ -181,7 +205,14 @@ impl<T: Real> Side<T> {
             .iter()
             .map(|(weight, factor)| factor.diagonal(*weight, threading))
             .collect::<Result<Vec<_>, _>>()?;
-        Ok(Self { side, basis: None, diagonals: Arc::new(diagonals), norms: None, rotated: None })
+        Ok(Self {
+            side,
+            basis: None,
+            diagonals: Arc::new(diagonals),
+            norms: None,
+            rotated: None,
+            inverted: false,
+        })
     }
 
     /// `V` with `Vᵀ(Σ wᵢCᵢ)V = I` on what is not null, turned into the eigenvectors of the leading principal component of
@@ -220,15 +251,18 @@ impl<T: Real> Side<T> {
             diagonals: Arc::new(diagonals),
             norms: Some(norms.into()),
             rotated: None,
+            inverted: false,
         })
     }
 
-    /// `V = L⁻ᵀ` of `sum + damping·I = L·Lᵀ`. A sum that is singular in f64 is damped further until it factors.
+    /// `V = L⁻ᵀ` of `sum + damping·I = L·Lᵀ`, or where `inverts` the inverse itself. A sum that is singular in f64 is damped
+    /// further until it factors.
     fn cholesky(
         sum: Buffer<T>,
         side: usize,
         damping: f64,
         terms: usize,
+        inverts: bool,
         threading: Threading,
     ) -> Result<Self, PreconditionerError> {
         let mean = mean_diagonal(&sum, side);
@@ -250,14 +284,24 @@ impl<T: Real> Side<T> {
         let mut inverse = Buffer::<f64>::zeroed(side * side);
         let out: MatMut<'_, f64> = mat_mut(&mut inverse, side, side);
         invert_lower_triangular(out, mat(&wide, side, side), Par::Seq);
-        drop(wide);
-        let basis = Basis::new(narrow::<T>(&inverse), side, threading);
+        let basis = if inverts {
+            // L⁻ᵀ·L⁻¹, in the place of L.
+            let factor = mat(&inverse, side, side);
+            gemm_lower(mat_mut(&mut wide, side, side), false, factor.transpose(), factor, 1.0, threading);
+            drop(inverse);
+            mirror(&mut wide, side);
+            Basis::symmetric(narrow::<T>(&wide))
+        } else {
+            drop(wide);
+            Basis::new(narrow::<T>(&inverse), side, threading)
+        };
         Ok(Self {
             side,
             basis: Some(Arc::new(basis)),
             diagonals: Arc::new(vec![Vec::new(); terms]),
             norms: None,
             rotated: None,
+            inverted: inverts,
         })
     }
 
@@ -273,6 +317,9 @@ impl<T: Real> Side<T> {
     pub fn has_basis(&self) -> bool {
         self.basis.is_some()
     }
+    pub(super) fn inverted(&self) -> bool {
+        self.inverted
+    }
     pub(super) fn diagonals(&self) -> &[Vec<f64>] {
         &self.diagonals
     }
@@ -285,19 +332,19 @@ impl<T: Real> Side<T> {
 
     /// `out ← x·V` for row-major `x` `[rows, side]`.
     pub(super) fn right(&self, x: &[T], out: &mut [T], rows: usize, threading: Threading) {
-        self.times_right(x, out, rows, |b| &b.columns, threading);
+        self.times_right(x, out, rows, Basis::columns, threading);
     }
     /// `out ← x·Vᵀ`.
     pub(super) fn right_back(&self, x: &[T], out: &mut [T], rows: usize, threading: Threading) {
-        self.times_right(x, out, rows, |b| &b.rows, threading);
+        self.times_right(x, out, rows, Basis::rows, threading);
     }
     /// `out ← Vᵀ·x` for row-major `x` `[side, columns]`.
     pub(super) fn left(&self, x: &[T], out: &mut [T], columns: usize, threading: Threading) {
-        self.times_left(x, out, columns, |b| &b.rows, threading);
+        self.times_left(x, out, columns, Basis::rows, threading);
     }
     /// `out ← V·x`.
     pub(super) fn left_back(&self, x: &[T], out: &mut [T], columns: usize, threading: Threading) {
-        self.times_left(x, out, columns, |b| &b.columns, threading);
+        self.times_left(x, out, columns, Basis::columns, threading);
     }
 
     fn times_right(
@@ -305,7 +352,7 @@ impl<T: Real> Side<T> {
         x: &[T],
         out: &mut [T],
         rows: usize,
-        pick: fn(&Basis<T>) -> &Buffer<T>,
+        pick: fn(&Basis<T>) -> &[T],
         threading: Threading,
     ) {
         match &self.basis {
@@ -323,7 +370,7 @@ impl<T: Real> Side<T> {
         x: &[T],
         out: &mut [T],
         columns: usize,
-        pick: fn(&Basis<T>) -> &Buffer<T>,
+        pick: fn(&Basis<T>) -> &[T],
         threading: Threading,
     ) {
         match &self.basis {
@@ -408,7 +455,7 @@ fn in_basis<T: Real>(
                     moved,
                     false,
                     mat(&tile, rows.len(), side),
-                    mat(&basis.columns, side, side),
+                    mat(basis.columns(), side, side),
                     1.0,
                     threading,
                 );
