@@ -25,6 +25,9 @@ impl MergeConfig {
             }
         }
         write_round(&self.round, &mut out, "");
+        for axis in self.sweep.iter().flat_map(|sweep| &sweep.axes) {
+            let _ = writeln!(out, "sweep.{} = {:?}", axis.key.dotted(), axis.values);
+        }
         out
     }
 }

@@ -3,14 +3,17 @@
 //! opens a checkpoint or a statistics file.
 //!
 //! `yaml` (text → nodes with lines) → `fields` (typed access, errors that name the place) → `parse` (keys →
-//! `schema` types, all checks) → `parameters` (values per tensor) and `canonical` (the text that is hashed).
+//! `schema` types, all checks) → `parameters` (values per tensor) and `canonical` (the text that is hashed). `sweep` makes
+//! several configurations of one, `emit` writes each as YAML again.
 
 mod canonical;
+mod emit;
 mod error;
 mod fields;
 mod parameters;
 mod parse;
 mod schema;
+mod sweep;
 mod yaml;
 
 #[cfg(test)]
@@ -24,6 +27,7 @@ pub use schema::{
     DeltaScale, Initial, MergeConfig, Method, ModelEntry, ModelPath, OutDtype, PCG_RIDGE, PreconditionerKind,
     Round, SolverConfig, SolverMethod, StopConfig, Subspace, TASK_VECTOR_RIDGE, Unmatched,
 };
+pub use sweep::{MAX_COMBINATIONS, Sweep, SweepAxis, SweepKey, Variant};
 
 impl MergeConfig {
     /// Reads and checks the config at `path`. Existence of models and statistics is left to whoever opens

@@ -11,6 +11,7 @@ use super::schema::{
     Initial, MergeConfig, Method, ModelEntry, ModelPath, Round, SolverConfig, SolverMethod, StopConfig,
     Subspace, Unmatched, Words,
 };
+use super::sweep;
 use super::yaml::{Node, Value, join};
 
 /// Everything the top level may hold.
@@ -26,6 +27,7 @@ const TOP_KEYS: &[&str] = &[
     "solver",
     "unmatched",
     "tokenizer_source",
+    "sweep",
     "name",
 ];
 const NESTED_KEYS: &[&str] = &["merge_method", "parameters", "subspace", "initial", "solver", "unmatched"];
@@ -38,7 +40,6 @@ const RULE_KEYS: &[&str] = &["filter", "value"];
 const UNSUPPORTED_KEYS: &[(&str, &str)] = &[
     ("slices", "; list whole models under `models`"),
     ("modules", "; list whole models under `models`"),
-    ("sweep", "; write one config for each merge"),
     ("tokenizer", "; the base's tokenizer files are copied"),
     ("chat_template", "; the base's tokenizer files are copied"),
 ];
@@ -98,7 +99,7 @@ pub(super) fn config(path: &Path, text: String, root: Option<&Node>) -> Result<M
     let shared =
         Shared { directory: &directory, models: &models, base: base_model.as_ref(), written: &written };
     let round = shared.round(&top, None)?;
-    Ok(MergeConfig {
+    let mut config = MergeConfig {
         path: path.to_owned(),
         text,
         name,
@@ -107,9 +108,15 @@ pub(super) fn config(path: &Path, text: String, root: Option<&Node>) -> Result<M
         out_dtype,
         round,
         tokenizer_source,
+        sweep: None,
         models,
         directory,
-    })
+    };
+    if let Some(field) = top.field("sweep") {
+        let variant = |text, root: &Node| self::config(path, text, Some(root));
+        config.sweep = Some(sweep::sweep(&field, &top, &config, variant)?);
+    }
+    Ok(config)
 }
 
 fn check_top_keys(top: &Scope<'_>) -> Result<(), ConfigError> {
@@ -339,6 +346,9 @@ impl Shared<'_> {
 
     fn check_nested_keys(&self, inner: &Scope<'_>) -> Result<(), ConfigError> {
         for entry in inner.entries {
+            if entry.key == "sweep" {
+                return Err(sweep::refuse_nested(inner.path, join(&inner.key, &entry.key), entry.line));
+            }
             if TOP_KEYS.contains(&entry.key.as_str()) && !NESTED_KEYS.contains(&entry.key.as_str()) {
                 return Err(ConfigError::NotAllowed {
                     path: inner.path.to_owned(),

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use super::parameters::{ParameterSpec, Parameters, Range};
+use super::sweep::Sweep;
 
 /// A whole configuration, checked as far as that needs no tensor.
 #[derive(Debug, Clone)]
@@ -26,6 +27,8 @@ pub struct MergeConfig {
     pub round: Round,
     /// `Some("base")` or absent: the base's tokenizer files are copied either way.
     pub tokenizer_source: Option<String>,
+    /// Several merges in one run; `round` is then the file without it.
+    pub sweep: Option<Sweep>,
 }
 
 impl MergeConfig {

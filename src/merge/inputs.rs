@@ -2,30 +2,56 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::MergeError;
+use super::{MergeError, pieces};
 use crate::kernel::Real;
 use crate::operator::{OperatorError, RowSource};
 use crate::read::{Checkpoint, TensorMeta};
 use crate::statistics::ModelStatistics;
+use crate::statistics::factor::FactorSummary;
 
 /// Index into [`Inputs::checkpoints`].
 pub type SourceId = usize;
 
-/// Bytes read on behalf of one parameter.
+/// Bytes read on behalf of one parameter, and in a sweep what reading its factors told.
 #[derive(Debug, Clone, Default)]
-pub struct Tally(Arc<AtomicU64>);
+pub struct Tally {
+    bytes: Arc<AtomicU64>,
+    /// Scans of whole factors by what they are of, for the variants to come.
+    scans: Option<Arc<Mutex<HashMap<String, FactorSummary>>>>,
+}
 
 impl Tally {
+    /// For the variants of a sweep, one after the other: each factor is scanned once.
+    pub fn of_variants() -> Self {
+        Self { scans: Some(Arc::default()), ..Self::default() }
+    }
     /// Counts `bytes` more.
     pub fn add(&self, bytes: u64) {
-        self.0.fetch_add(bytes, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
     /// So far.
     pub fn total(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// What `scan` gives, which passes over a whole factor; known already where another variant has scanned it.
+    pub(super) fn scanned(
+        &self,
+        key: impl FnOnce() -> String,
+        scan: impl FnOnce() -> Result<FactorSummary, MergeError>,
+    ) -> Result<FactorSummary, MergeError> {
+        let Some(scans) = &self.scans else { return scan() };
+        let lock = || scans.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = key();
+        if let Some(known) = lock().get(&key) {
+            return Ok(known.clone());
+        }
+        let summary = scan()?;
+        lock().insert(key, summary.clone());
+        Ok(summary)
     }
 }
 
@@ -89,8 +115,15 @@ impl Inputs {
     ) -> Result<(), MergeError> {
         let width = meta.dtype.float_bytes().unwrap_or(0);
         let range = (elements.start * width) as u64..(elements.end * width) as u64;
+        let (kind, len) = (pieces::Kind::Tensor(source), (range.end - range.start) as usize);
+        // Whatever it holds was checked when it was read.
+        if pieces::take(kind, range.start, len, |bytes| T::decode(meta.dtype, bytes, out)) {
+            return Ok(());
+        }
         tally.add(range.end - range.start);
-        T::decode(meta.dtype, self.checkpoints[source].read(meta, range, scratch)?, out);
+        let bytes = self.checkpoints[source].read(meta, range.clone(), scratch)?;
+        T::decode(meta.dtype, bytes, out);
+        pieces::keep(kind, range.start, len, |kept| kept.copy_from_slice(bytes));
         if self.refuse_nonfinite {
             self.check_finite(source, meta, elements.start, out)?;
         }

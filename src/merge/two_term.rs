@@ -122,7 +122,7 @@ pub fn solve_block(
             &start,
             &mut rule,
             &mut workspace,
-            &mut |step| (context.observe)(step),
+            &mut |step, _| (context.observe)(step),
         )?;
         outcome.iterations = Some(cg.iterations);
         outcome.flops += damped.flops() * cg.iterations as f64;

@@ -7,10 +7,11 @@ pub mod align;
 pub mod budget;
 mod print;
 pub mod shards;
+mod sweep;
 
 use std::collections::{BTreeMap, HashMap};
 
-use align::{AlignError, align};
+use align::{AlignError, Alignment, align};
 use budget::BlockMemory;
 use shards::{LayoutError, OutputLayout, TensorSpec};
 
@@ -24,6 +25,8 @@ use crate::operator::BlockShape;
 use crate::precond::{KroneckerKind, cost};
 use crate::read::{Dtype, TensorMeta};
 use crate::report::units::Bytes;
+
+pub use sweep::SweepPlan;
 
 /// Blocks with more flops than this run alone with parallel kernels, smaller ones side by side.
 const LARGE_FLOPS: f64 = 1e9;
@@ -163,8 +166,19 @@ impl MergePlan {
         limits: Limits,
         metadata: u64,
     ) -> Result<Self, PlanError> {
-        let alignment = align(inputs, limits.untie)?;
-        inputs.tied.extend(alignment.tied);
+        let alignment = align_inputs(inputs, limits)?;
+        Self::of(config, inputs, &alignment, limits, metadata, false)
+    }
+
+    /// The plan of one merge, or of one `variant` of a sweep, whose results take turns in memory.
+    fn of(
+        config: &MergeConfig,
+        inputs: &Inputs,
+        alignment: &Alignment,
+        limits: Limits,
+        metadata: u64,
+        variant: bool,
+    ) -> Result<Self, PlanError> {
         let reference = inputs.reference();
         let layers = LayerPosition::of(&inputs.checkpoints[reference]);
         let overhead_bytes = budget::overhead_bytes(limits.threads, metadata);
@@ -177,7 +191,7 @@ impl MergePlan {
             warnings.push(format!("tensor `{}` is left out: {reason}", crate::read::escaped(name)));
         }
 
-        let mut planner = Planner { config, inputs, layers, available, worst: (0, String::new()) };
+        let mut planner = Planner { config, inputs, layers, available, variant, worst: (0, String::new()) };
         let blocks = alignment
             .tensors
             .iter()
@@ -207,7 +221,7 @@ impl MergePlan {
             blocks,
             units,
             layout,
-            left_out: alignment.left_out,
+            left_out: alignment.left_out.clone(),
             warnings,
             overhead_bytes,
             least_memory_bytes,
@@ -241,11 +255,20 @@ impl MergePlan {
     }
 }
 
+/// Lines the checkpoints up, and enters dissolved ties in `inputs`.
+fn align_inputs(inputs: &mut Inputs, limits: Limits) -> Result<Alignment, PlanError> {
+    let mut alignment = align(inputs, limits.untie)?;
+    inputs.tied.extend(std::mem::take(&mut alignment.tied));
+    Ok(alignment)
+}
+
 struct Planner<'a> {
     config: &'a MergeConfig,
     inputs: &'a Inputs,
     layers: LayerPosition,
     available: u64,
+    /// Of a sweep.
+    variant: bool,
     /// Least bytes of the most demanding block, and its name.
     worst: (u64, String),
 }
@@ -308,11 +331,11 @@ impl Planner<'_> {
         plan.read_bytes = self.read_bytes(meta, &recipe);
         plan.flops = flops(inputs, &meta.name, plan.block, &recipe);
         plan.large = plan.large || plan.flops > LARGE_FLOPS;
-        let least = match budget::fit(inputs, &meta.name, &recipe, plan.block, self.available) {
+        let least = match budget::fit(inputs, &meta.name, &recipe, plan.block, self.available, self.variant) {
             Ok(BlockMemory { strategy, bytes }) => {
                 plan.memory_bytes = bytes;
                 plan.action = Action::Merge { recipe: recipe.clone(), strategy };
-                budget::fit(inputs, &meta.name, &recipe, plan.block, 0).err().unwrap_or(0)
+                budget::fit(inputs, &meta.name, &recipe, plan.block, 0, self.variant).err().unwrap_or(0)
             }
             Err(least) => least,
         };

@@ -8,6 +8,7 @@ mod card;
 mod json;
 mod peak;
 mod progress;
+mod sweep;
 pub mod units;
 
 pub use card::{CardModel, ModelCard};
@@ -17,3 +18,4 @@ pub use json::{
 };
 pub use peak::{PeakMemory, anonymous_bytes, peak_memory, peak_rss_bytes};
 pub use progress::{Progress, ProgressMode};
+pub use sweep::{FILE_NAME as SWEEP_FILE, SweepReport, SweepRun};
