@@ -21,7 +21,7 @@ fn refusals() {
             mats("subspase: kfac"),
             "3: subspase: unknown key (expected one of merge_method, models, base_model, \
              parameters, dtype, out_dtype, subspace, initial, solver, unmatched, \
-             tokenizer_source, name); did you mean `subspace`?",
+             tokenizer_source, sweep, name); did you mean `subspace`?",
         ),
         (
             mats("subspace: kfca"),
@@ -78,13 +78,13 @@ fn refusals() {
             linear("normalize: true"),
             "3: normalize: unknown key (expected one of merge_method, models, base_model, \
              parameters, dtype, out_dtype, subspace, initial, solver, unmatched, \
-             tokenizer_source, name); it belongs under `parameters`",
+             tokenizer_source, sweep, name); it belongs under `parameters`",
         ),
         (
             mats("ridge: 1"),
             "3: ridge: unknown key (expected one of merge_method, models, base_model, \
              parameters, dtype, out_dtype, subspace, initial, solver, unmatched, \
-             tokenizer_source, name); it belongs under `solver`",
+             tokenizer_source, sweep, name); it belongs under `solver`",
         ),
         (
             "merge_method: linear\nmodels: [{model: a, weight: 1}]".into(),
@@ -151,11 +151,6 @@ fn refusals() {
             linear("tokenizer_source: union"),
             "3: tokenizer_source: `union` is not supported in this version; `base` copies the \
              base's tokenizer",
-        ),
-        (
-            mats("sweep: {solver.ridge: [1, 2]}"),
-            "3: sweep: `sweep` is not supported in this version; write one config for each \
-             merge",
         ),
         (
             "merge_method: linear\nmodels: [{model: a+lora}]".into(),
@@ -326,7 +321,7 @@ fn refusals() {
             linear("\"bad\\nkey\\u001b[31m\": 1"),
             "3: bad\\nkey\\u{1b}[31m: unknown key (expected one of merge_method, models, \
              base_model, parameters, dtype, out_dtype, subspace, initial, solver, unmatched, \
-             tokenizer_source, name)",
+             tokenizer_source, sweep, name)",
         ),
     ];
     let mut wrong = String::new();
@@ -413,4 +408,103 @@ fn files_that_are_no_config() {
     assert!(matches!(load("over.yml"), ConfigError::TooLarge { .. }));
     fs::write(path("new\nline.yml"), "a: b").expect("write");
     assert!(load("new\nline.yml").to_string().contains("new\\nline.yml:1: a: unknown key"));
+}
+
+#[test]
+fn sweeps() {
+    let of = |method: &str, rest: &str| format!("merge_method: {method}\nbase_model: b\n{MODELS}{rest}");
+    let mats = |rest: &str| of("mats", rest);
+    let long = |n: usize| (0..n).map(|k| k.to_string()).collect::<Vec<_>>().join(", ");
+    let table = [
+        (
+            mats("sweep: {solver.rigde: [1]}"),
+            "4: sweep.solver.rigde: unknown key (expected one of solver.ridge, solver.max_iterations, \
+             parameters.off_diagonal, parameters.weight, parameters.lambda); did you mean `solver.ridge`?",
+        ),
+        (
+            mats("sweep: {initial.parameters.weight: [1]}"),
+            "4: sweep.initial.parameters.weight: only what the outermost round sets for all models can be swept: \
+             solver.ridge, solver.max_iterations, parameters.off_diagonal, parameters.weight, parameters.lambda",
+        ),
+        (
+            mats("initial:\n  merge_method: linear\n  sweep: {weight: [1]}"),
+            "6: initial.sweep: only the outermost round can be swept; give `sweep` at the top level",
+        ),
+        (mats("sweep: [1]"), "4: sweep: expected a mapping of lists, as `{ solver.ridge: [0.01, 0.1] }`, got a list"),
+        (
+            mats("sweep: {}"),
+            "4: sweep: expected at least one list, as `{ solver.ridge: [0.01, 0.1] }`, got a mapping",
+        ),
+        (
+            mats("sweep: {ridge: 1}"),
+            "4: sweep.ridge: expected a list of numbers, as `[0.01, 0.1]`, got `1`",
+        ),
+        (
+            mats("sweep: {ridge: []}"),
+            "4: sweep.ridge: expected a list of numbers, as `[0.01, 0.1]`, got a list",
+        ),
+        (
+            mats("sweep:\n  ridge: [1,\n    -1]"),
+            "6: sweep.ridge[1]: expected a finite number of at least 0, got `-1`",
+        ),
+        (
+            mats("sweep: {ridge: [1, x]}"),
+            "4: sweep.ridge[1]: expected a finite number of at least 0, got `x`",
+        ),
+        (mats("sweep: {ridge: [0.1, 1.0e-1]}"), "4: sweep.ridge[1]: 0.1 is given twice"),
+        (mats("sweep: {off_diagonal: [0, -0.0]}"), "4: sweep.off_diagonal[1]: 0 is given twice"),
+        (
+            mats("sweep: {off_diagonal: [1.5]}"),
+            "4: sweep.off_diagonal[0]: expected a number from 0 to 1, got `1.5`",
+        ),
+        (
+            mats("sweep: {weight: [-1]}"),
+            "4: sweep.weight[0]: expected a finite number of at least 0, got `-1`",
+        ),
+        (
+            mats("sweep: {max_iterations: [1.5]}"),
+            "4: sweep.max_iterations[0]: expected an integer from 0 to 1000000, got `1.5`",
+        ),
+        (
+            mats("sweep:\n  solver.ridge: [1]\n  ridge: [2]"),
+            "6: sweep.solver.ridge: duplicate key (first given at line 5)",
+        ),
+        (
+            mats(&format!("sweep: {{ridge: [{}], weight: [{}]}}", long(17), &long(17)[3..])),
+            "4: sweep: 17 x 16 combinations are more than a sweep may have (expected at most 256)",
+        ),
+        (of("linear", "sweep: {ridge: [1]}"), "4: sweep.ridge: `linear` solves nothing, so it has no ridge"),
+        (of("linear", "sweep: {lambda: [1]}"), "4: sweep.lambda: `linear` has no parameter lambda"),
+        (mats("sweep: {parameters.lambda: [1]}"), "4: sweep.parameters.lambda: `mats` has no parameter lambda"),
+        (
+            of("wudi", "sweep: {solver.max_iterations: [1]}"),
+            "4: sweep.solver.max_iterations: the solver here is direct and takes no iterations; \
+             `solver: { method: cg }` does",
+        ),
+        (
+            mats("subspace: fisher_diagonal\nmodels: 0").replace("\nmodels: 0", "").replace(
+                MODELS,
+                "models: [{model: a, statistics: s}]\n",
+            ) + "\nsweep: {off_diagonal: [0.5]}",
+            "5: sweep.off_diagonal: `subspace: fisher_diagonal` has nothing off the diagonal",
+        ),
+        (
+            "merge_method: linear\nmodels:\n- model: a\n- model: b\n  parameters: {weight: 1}\nsweep: {weight: [1]}"
+                .into(),
+            "6: sweep.weight: models[1] sets its own weight at line 5, which wins over the swept one; leave one of them \
+             out",
+        ),
+        (
+            mats("parameters: {off_diagonal: [0, 1]}\nsweep: {off_diagonal: [1]}"),
+            "5: sweep.off_diagonal: parameters.off_diagonal at line 4 varies over tensors or layers, which one number \
+             would undo; leave one of them out",
+        ),
+        (
+            of("linear", "sweep:\n  weight:\n  - 1\n  - 0"),
+            "7: parameters.weight: the models' weights sum to 0, and their sum divides",
+        ),
+    ];
+    for (text, message) in table {
+        assert_eq!(refused(&text), message, "{text}");
+    }
 }
