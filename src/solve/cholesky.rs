@@ -10,7 +10,7 @@ use faer::prelude::ReborrowMut;
 use faer::{Mat, MatMut, Par};
 use rayon::prelude::*;
 
-use crate::kernel::{Buffer, Threading, gemm_lower, mat, mat_mut, transpose};
+use crate::kernel::{Buffer, PANEL, Threading, gemm_lower, mat, mat_mut, panels, transpose};
 
 /// Side of a diagonal block.
 const BLOCK: usize = 256;
@@ -29,7 +29,7 @@ pub struct NotPositive {
 
 /// Values of scratch that [`factorise`] allocates.
 pub const fn scratch_elements(side: usize) -> usize {
-    2 * BLOCK * side
+    (2 * BLOCK + PANEL / 2) * side
 }
 
 /// Overwrites the lower triangle of row-major `s` `[side, side]` with `L`, `S = L·Lᵀ`. The strict upper triangle is
@@ -44,6 +44,7 @@ pub fn factorise(s: &mut [f64], side: usize, threading: Threading) -> Result<(),
     }
     let mut compact = Buffer::<f64>::zeroed(BLOCK * side);
     let mut transposed = Buffer::<f64>::zeroed(BLOCK * side);
+    let mut upper = Buffer::<f64>::zeroed(PANEL / 2 * side);
     let mut rest = mat_mut(s, side, side);
     let mut row = 0;
     while row < side {
@@ -63,11 +64,27 @@ pub fn factorise(s: &mut [f64], side: usize, threading: Threading) -> Result<(),
             }
         }
         transpose(&compact[..rows * width], rows, width, &mut transposed, threading);
+        // The product updates its diagonal tiles whole; what lies above the diagonal is the caller's.
+        for_upper_of_tiles(trailing.rb_mut(), &mut upper, |v, kept| *kept = *v);
         gemm_lower(trailing.rb_mut(), true, l21, mat(&transposed, width, rows), -1.0, threading);
+        for_upper_of_tiles(trailing.rb_mut(), &mut upper, |v, kept| *v = *kept);
         rest = trailing;
         row += width;
     }
     Ok(())
+}
+
+/// The entries above the diagonal in the diagonal tiles of [`gemm_lower`], each with its place in `kept`.
+fn for_upper_of_tiles(mut s: MatMut<'_, f64>, kept: &mut [f64], visit: impl Fn(&mut f64, &mut f64)) {
+    let n = s.nrows();
+    let mut kept = kept.iter_mut();
+    for tile in panels(n) {
+        for i in tile.clone() {
+            for (j, kept) in (i + 1..tile.end).zip(&mut kept) {
+                visit(&mut s[(i, j)], kept);
+            }
+        }
+    }
 }
 
 fn factor_block(mut block: MatMut<'_, f64>, first_row: usize, floor: f64) -> Result<(), NotPositive> {
@@ -200,6 +217,19 @@ mod tests {
         // Condition below 20: a few hundred roundings of 1e-16.
         for (got, want) in r.iter().zip(&x) {
             assert!((got - want).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn the_upper_triangle_is_the_callers() {
+        // Several blocks, and tiles of the trailing product that begin and end inside.
+        for n in [257, 700, 1100] {
+            let s = spd(n);
+            let mut l = s.clone();
+            factorise(&mut l, n, Threading::Parallel).unwrap();
+            for i in 0..n {
+                assert!(l[i * n + i + 1..(i + 1) * n] == s[i * n + i + 1..(i + 1) * n], "row {i} of {n}");
+            }
         }
     }
 
