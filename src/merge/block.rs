@@ -406,11 +406,6 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    /// Those of a Gram solved elsewhere.
-    pub fn of_gram(parts: Vec<DirectOutcome>) -> Self {
-        Self { grams: parts, elements: Vec::new() }
-    }
-
     /// Those of one more tile of a Gram solved elsewhere.
     pub fn extend_gram(&mut self, parts: Vec<DirectOutcome>) {
         self.grams.extend(parts);

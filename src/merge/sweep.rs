@@ -356,7 +356,7 @@ fn rows_variants(
                             gram.right_hand_side(context.inputs, context.tensor, 0, &x0, context.tally)?,
                         )),
                     };
-                    parts = Parts::of_gram(gram.displace(rhs, &mut x));
+                    parts.extend_gram(gram.displace(rhs, &mut x));
                 }
             }
             emit_all(context, 0, &x, &emit)?;
