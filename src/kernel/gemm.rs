@@ -1,17 +1,29 @@
-//! Matrix products on a grid that depends on shapes alone.
+//! Matrix products: every element is one fixed chain of operations, however the work is cut.
+//!
+//! The inner dimension is cut into panels of [`PANEL`], and `micro` sums each panel of an element in order; so the bits
+//! depend on the operands alone. Everything else here is about caches: the right operand is copied into strips that
+//! vectors read from end to end, eight strips of a panel at a time stay in the second-level cache while all rows of the
+//! left operand, read in place, pass by.
 
+use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use faer::prelude::ReborrowMut;
+use faer::{MatMut, MatRef};
 use rayon::prelude::*;
 
-use super::{PANEL, Real};
+use super::micro::{Kernel, MAX_ROWS};
+use super::{Buffer, PANEL, Real, panels};
 
-/// Largest width of an output tile. Square tiles: faer was measured 20 % slower on tiles that are wider than high.
-const TILE_COLUMNS: usize = PANEL;
-/// Height of an output tile: 3 % faster than half of it.
-const TILE_ROWS: usize = 2 * PANEL;
+/// Strips of the right operand that are packed at once: 768 KiB. Measured best of 4 to 12 with 2 MiB of cache.
+const GROUP: usize = 8;
+/// Values of a scratch for [`GROUP`] strips and a few rows of the left operand, in f64s (an f32 strip is twice as wide).
+const PACK: usize = PANEL * (GROUP * 24 + MAX_ROWS);
+/// Up to so many rows copying the right operand costs more than it saves.
+const UNPACKED_ROWS: usize = 16;
+/// Products of fewer flops stay on their thread.
+const PARALLEL_FLOPS: f64 = 2e6;
 
 /// Whether a kernel may use the other threads of the current rayon pool. Never changes a bit of the result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,11 +44,11 @@ pub fn mat_mut<T: Real>(data: &mut [T], rows: usize, columns: usize) -> MatMut<'
     MatMut::from_row_major_slice_mut(&mut data[..rows * columns], rows, columns)
 }
 
-/// `dst ← [dst +] alpha · lhs · rhs`, with `dst` `[m, n]`, `lhs` `[m, k]`, `rhs` `[k, n]`.
+/// `dst ← [dst +] alpha · lhs · rhs`, with `dst` `[m, n]` row-major, `lhs` `[m, k]`, `rhs` `[k, n]` with any strides.
 ///
-/// The product is cut into output tiles of `2·`[`PANEL`] rows and at most [`PANEL`], equal columns, and panels of [`PANEL`]
-/// along `k`, each one sequential faer call. Who cuts panels off along `k`, or hands rows over in tiles of [`PANEL`] one by
-/// one however many there are, gets the same bits. Cost: `2·m·n·k` flops.
+/// Each panel of [`PANEL`] along `k` adds `alpha` times a sum in the order of `k`, every step one fused multiply-add: who
+/// cuts `k` at multiples of [`PANEL`], or rows and columns anywhere, gets the same bits. Row-major operands are fastest.
+/// Cost: `2·m·n·k` flops.
 pub fn gemm<T: Real>(
     dst: MatMut<'_, T>,
     accumulate: bool,
@@ -45,45 +57,275 @@ pub fn gemm<T: Real>(
     alpha: f64,
     threading: Threading,
 ) {
-    debug_assert_eq!((lhs.nrows(), lhs.ncols(), rhs.ncols()), (dst.nrows(), rhs.nrows(), dst.ncols()));
-    // Equal columns: a narrow last tile would leave a thread without work.
-    let tiles = dst.ncols().div_ceil(TILE_COLUMNS).max(1);
-    let width = dst.ncols().div_ceil(tiles).next_multiple_of(16);
-    grid(dst, width, accumulate, lhs, rhs, alpha, threading);
+    let (m, n, k) = (dst.nrows(), dst.ncols(), lhs.ncols());
+    debug_assert_eq!((lhs.nrows(), k, rhs.ncols()), (m, rhs.nrows(), n));
+    let (kernel, alpha) = (T::kernel(), T::from_f64(alpha));
+    let threads = match threading {
+        Threading::Parallel if 2.0 * (m * n) as f64 * k as f64 > PARALLEL_FLOPS => {
+            rayon::current_num_threads()
+        }
+        _ => 1,
+    };
+    let groups = groups::<T>(n, threads);
+    // Few strips: threads share them by rows.
+    let bands = if groups.len() < threads { threads.div_ceil(groups.len().max(1)) } else { 1 };
+    let band = m.div_ceil(bands).next_multiple_of(MAX_ROWS);
+    let mut tasks = Vec::with_capacity(groups.len() * bands);
+    let mut right = dst;
+    let mut first = 0;
+    for columns in groups {
+        let (left, rest) = right.split_at_col_mut(columns.end - first);
+        (right, first) = (rest, columns.end);
+        let rhs = rhs.get(.., columns);
+        let (mut below, mut lhs) = (left, lhs);
+        while below.nrows() > band {
+            let (top, rest) = below.split_at_row_mut(band);
+            let (lhs_top, lhs_rest) = lhs.split_at_row(band);
+            tasks.push((top, lhs_top, rhs));
+            (below, lhs) = (rest, lhs_rest);
+        }
+        tasks.push((below, lhs, rhs));
+    }
+    let run = |(dst, lhs, rhs): (MatMut<'_, T>, _, MatRef<'_, T>)| {
+        with_scratch(|scratch| {
+            let columns = rhs.ncols();
+            block(&kernel, Out::Matrix(dst), columns, accumulate, lhs, Right::Matrix(rhs), alpha, scratch);
+        });
+    };
+    if threads > 1 {
+        tasks.into_par_iter().with_max_len(1).for_each(run);
+    } else {
+        tasks.into_iter().for_each(run);
+    }
 }
 
-/// Halves the grid until a tile is left: rows at multiples of [`TILE_ROWS`], columns at multiples of `width`.
-fn grid<T: Real>(
-    dst: MatMut<'_, T>,
-    width: usize,
+/// Cuts columns at strips into groups of at most [`GROUP`], as many for each thread and all of one size within a strip.
+pub(super) fn groups<T: Real>(columns: usize, threads: usize) -> Vec<Range<usize>> {
+    let strips = columns.div_ceil(T::STRIP);
+    let count = strips.div_ceil(GROUP).next_multiple_of(threads).min(strips);
+    (0..count)
+        .map(|g| {
+            let cut = |g: usize| (g * strips / count * T::STRIP).min(columns);
+            cut(g)..cut(g + 1)
+        })
+        .collect()
+}
+
+/// This thread's scratch for packed operands.
+fn with_scratch<T: Real>(run: impl FnOnce(&mut [T])) {
+    thread_local! {
+        static SCRATCH: RefCell<Option<Buffer<f64>>> = const { RefCell::new(None) };
+    }
+    SCRATCH.with_borrow_mut(|buffer| {
+        run(bytemuck::cast_slice_mut(buffer.get_or_insert_with(|| Buffer::zeroed(PACK))));
+    });
+}
+
+/// Columns of a matrix in strips: strip `s` is row-major `[rows, STRIP]` and starts at `s·rows·STRIP`. What vectors read
+/// from end to end, as result of one product and right operand of the next.
+#[derive(Clone, Copy)]
+struct Strips<'a, T> {
+    values: &'a [T],
+    rows: usize,
+}
+
+/// As [`Strips`], to write to.
+struct StripsMut<'a, T> {
+    values: &'a mut [T],
+    rows: usize,
+}
+
+/// A right operand.
+#[derive(Clone, Copy)]
+enum Right<'a, T> {
+    Matrix(MatRef<'a, T>),
+    Strips(Strips<'a, T>),
+}
+
+/// A result.
+enum Out<'a, T> {
+    Matrix(MatMut<'a, T>),
+    Strips(StripsMut<'a, T>),
+}
+
+impl<T: Real> Out<'_, T> {
+    /// Rows of strip `s`, of which `width` columns count.
+    fn tile(&mut self, s: usize, width: usize, rows: Range<usize>) -> MatMut<'_, T> {
+        let first = s * T::STRIP;
+        match self {
+            Out::Matrix(matrix) => matrix.rb_mut().get_mut(rows, first..first + width),
+            Out::Strips(strips) => {
+                let strip = &mut strips.values[s * strips.rows * T::STRIP..][..strips.rows * T::STRIP];
+                mat_mut(strip, strips.rows, T::STRIP).get_mut(rows, ..width)
+            }
+        }
+    }
+}
+
+/// `dst ← [dst +] alpha · lhs · rhs` for `columns`, at most [`GROUP`] strips, on this thread.
+fn block<T: Real>(
+    kernel: &Kernel<T>,
+    mut dst: Out<'_, T>,
+    columns: usize,
     accumulate: bool,
     lhs: MatRef<'_, T>,
-    rhs: MatRef<'_, T>,
+    rhs: Right<'_, T>,
+    alpha: T,
+    scratch: &mut [T],
+) {
+    let m = lhs.nrows();
+    let widths = || (0..columns).step_by(T::STRIP).map(|j| T::STRIP.min(columns - j)).enumerate();
+    if lhs.ncols() == 0 && !accumulate {
+        widths().for_each(|(s, width)| dst.tile(s, width, 0..m).fill(T::default()));
+    }
+    let (lhs_pack, rhs_pack) = scratch.split_at_mut(PANEL * MAX_ROWS);
+    for k in panels(lhs.ncols()) {
+        let inner = k.len();
+        let strip_len = inner * T::STRIP;
+        // Where each strip of this panel is, as `[inner, STRIP or its width]`.
+        let mut strips = [MatRef::<T>::from_row_major_slice(&[], 0, 0); GROUP];
+        for ((s, width), pack) in widths().zip(rhs_pack.chunks_exact_mut(strip_len)) {
+            strips[s] = match rhs {
+                Right::Strips(from) => {
+                    mat(&from.values[(s * from.rows + k.start) * T::STRIP..], inner, T::STRIP)
+                }
+                Right::Matrix(from) => {
+                    let from = from.get(k.clone(), s * T::STRIP..s * T::STRIP + width);
+                    let readable = from.col_stride() == 1 && kernel.columns_read(width) == width;
+                    if m <= UNPACKED_ROWS && readable {
+                        from
+                    } else {
+                        pack_strip(from, pack);
+                        mat(pack, inner, T::STRIP)
+                    }
+                }
+            };
+        }
+        for i in (0..m).step_by(kernel.rows()) {
+            let rows = i..m.min(i + kernel.rows());
+            let mut lhs = lhs.get(rows.clone(), k.clone());
+            if lhs.col_stride() != 1 {
+                lhs = pack_rows(lhs, lhs_pack);
+            }
+            for ((s, width), strip) in widths().zip(&strips) {
+                let tile = dst.tile(s, width, rows.clone());
+                kernel.multiply(tile, accumulate || k.start > 0, lhs, *strip, alpha);
+            }
+        }
+    }
+}
+
+/// `y ← y + alpha · g · (scale · x · a)`: a K-FAC term with both factors in memory, `x` and `y` `[m, n]`.
+///
+/// The same bits as two products, the first of which is cut into tiles of [`PANEL`] rows: columns of `y` need the same
+/// columns of `x·a` and no others, so a thread makes some strips of `x·a` and multiplies them by `g` while they are in
+/// its cache, without waiting for the other threads. `scratch`: [`sandwich_scratch`].
+#[allow(clippy::too_many_arguments, reason = "one formula")]
+pub fn sandwich<T: Real>(
+    mut y: MatMut<'_, T>,
+    g: MatRef<'_, T>,
+    x: MatRef<'_, T>,
+    a: MatRef<'_, T>,
+    scale: f64,
     alpha: f64,
+    scratch: &mut [T],
     threading: Threading,
 ) {
-    let (m, n) = (dst.nrows(), dst.ncols());
-    if m > TILE_ROWS {
-        let cut = m.div_ceil(TILE_ROWS).div_ceil(2) * TILE_ROWS;
-        let (top, bottom) = dst.split_at_row_mut(cut);
-        let (lhs_top, lhs_bottom) = lhs.split_at_row(cut);
-        both(
-            threading,
-            || grid(top, width, accumulate, lhs_top, rhs, alpha, threading),
-            || grid(bottom, width, accumulate, lhs_bottom, rhs, alpha, threading),
-        );
-    } else if n > width {
-        let cut = n.div_ceil(width).div_ceil(2) * width;
-        let (left, right) = dst.split_at_col_mut(cut);
-        let (rhs_left, rhs_right) = rhs.split_at_col(cut);
-        both(
-            threading,
-            || grid(left, width, accumulate, lhs, rhs_left, alpha, threading),
-            || grid(right, width, accumulate, lhs, rhs_right, alpha, threading),
-        );
-    } else {
-        tile(dst, accumulate, lhs, rhs, alpha);
+    let (m, n) = (x.nrows(), x.ncols());
+    let kernel = T::kernel();
+    let flops = 2.0 * (m * n) as f64 * (m + n) as f64;
+    let threads = match threading {
+        Threading::Parallel if flops > PARALLEL_FLOPS => rayon::current_num_threads(),
+        _ => 1,
+    };
+    let groups = groups::<T>(n, threads);
+    if groups.len() < threads {
+        // Too narrow to share by columns.
+        for rows in panels(m) {
+            let x = x.get(rows.clone(), ..);
+            gemm(mat_mut(scratch, rows.len(), n), false, x, a, scale, threading);
+            gemm(y.rb_mut(), true, g.get(.., rows.clone()), mat(scratch, rows.len(), n), alpha, threading);
+        }
+        return;
     }
+    let (scale, alpha) = (T::from_f64(scale), T::from_f64(alpha));
+    let widest = groups.iter().map(|g| g.len().next_multiple_of(T::STRIP)).max().unwrap_or(1);
+    let least = PANEL.min(m).max(1) * widest;
+    let slots = threads.min(scratch.len() / least).max(1);
+    let share = scratch.len() / slots;
+    // As many rows as there is room for: each pass packs `a` anew.
+    let tile_rows = if share >= m * widest { m } else { share / widest / PANEL * PANEL };
+    let run = |(columns, mut y): (Range<usize>, MatMut<'_, T>), tile: &mut [T]| {
+        with_scratch(|pack| {
+            let width = columns.len();
+            let a = Right::Matrix(a.get(.., columns));
+            for first in (0..m).step_by(tile_rows) {
+                let rows = first..m.min(first + tile_rows);
+                let x = x.get(rows.clone(), ..);
+                let xa = StripsMut { values: &mut *tile, rows: rows.len() };
+                block(&kernel, Out::Strips(xa), width, false, x, a, scale, pack);
+                let xa = Right::Strips(Strips { values: &*tile, rows: rows.len() });
+                let g = g.get(.., rows);
+                block(&kernel, Out::Matrix(y.rb_mut()), width, true, g, xa, alpha, pack);
+            }
+        });
+    };
+    let mut tasks = Vec::with_capacity(groups.len());
+    let mut right = y;
+    for columns in groups {
+        let (left, rest) = right.split_at_col_mut(columns.len());
+        tasks.push((columns, left));
+        right = rest;
+    }
+    if slots == 1 {
+        tasks.into_iter().for_each(|task| run(task, scratch));
+    } else {
+        let tasks = Mutex::new(tasks.into_iter());
+        let next = || tasks.lock().unwrap_or_else(PoisonError::into_inner).next();
+        scratch.par_chunks_exact_mut(share).take(slots).with_max_len(1).for_each(|tile| {
+            while let Some(task) = next() {
+                run(task, tile);
+            }
+        });
+    }
+}
+
+/// Values of scratch of [`sandwich`] for blocks `[m, n]`: a tile of [`PANEL`] rows, its columns rounded up to strips.
+pub fn sandwich_scratch<T: Real>(m: usize, n: usize) -> usize {
+    PANEL.min(m) * n.next_multiple_of(T::STRIP)
+}
+
+/// Copies at most a strip of columns into `strip` `[inner, STRIP]`; the rest of its rows becomes zero.
+fn pack_strip<T: Real>(src: MatRef<'_, T>, strip: &mut [T]) {
+    /// Rows that are gathered at once where columns are contiguous.
+    const ROWS: usize = 16;
+    let width = src.ncols();
+    if width < T::STRIP {
+        strip.fill(T::default());
+    }
+    if let Some(src) = src.try_as_row_major() {
+        for (l, row) in strip.chunks_exact_mut(T::STRIP).enumerate() {
+            row[..width].copy_from_slice(src.row(l).as_slice());
+        }
+        return;
+    }
+    for (first, rows) in (0..src.nrows()).step_by(ROWS).zip(strip.chunks_mut(ROWS * T::STRIP)) {
+        for j in 0..width {
+            for (l, row) in rows.chunks_exact_mut(T::STRIP).enumerate() {
+                row[j] = src[(first + l, j)];
+            }
+        }
+    }
+}
+
+/// Copies a few rows whose values are not contiguous into columns `[inner, MAX_ROWS]`.
+fn pack_rows<'p, T: Real>(src: MatRef<'_, T>, pack: &'p mut [T]) -> MatRef<'p, T> {
+    for (l, column) in pack.chunks_exact_mut(MAX_ROWS).take(src.ncols()).enumerate() {
+        for (i, v) in column[..src.nrows()].iter_mut().enumerate() {
+            *v = src[(i, l)];
+        }
+    }
+    MatRef::from_column_major_slice_with_stride(pack, src.nrows(), src.ncols(), MAX_ROWS)
 }
 
 /// The tiles of `gemm` that touch the lower triangle (with the diagonal tiles whole) of a square `dst`: about half the
@@ -154,24 +396,6 @@ pub fn transpose<T: Real>(src: &[T], rows: usize, columns: usize, dst: &mut [T],
     }
 }
 
-fn tile<T: Real>(
-    mut dst: MatMut<'_, T>,
-    accumulate: bool,
-    lhs: MatRef<'_, T>,
-    rhs: MatRef<'_, T>,
-    alpha: f64,
-) {
-    let alpha = T::from_f64(alpha);
-    let mut accum = if accumulate { Accum::Add } else { Accum::Replace };
-    if lhs.ncols() == 0 && !accumulate {
-        dst.fill(T::default());
-    }
-    for Range { start, end } in super::panels(lhs.ncols()) {
-        matmul(dst.rb_mut(), accum, lhs.get(.., start..end), rhs.get(start..end, ..), alpha, Par::Seq);
-        accum = Accum::Add;
-    }
-}
-
 fn both(threading: Threading, a: impl FnOnce() + Send, b: impl FnOnce() + Send) {
     match threading {
         Threading::Sequential => {
@@ -183,8 +407,6 @@ fn both(threading: Threading, a: impl FnOnce() + Send, b: impl FnOnce() + Send) 
         }
     }
 }
-
-use faer::prelude::ReborrowMut;
 
 #[cfg(test)]
 mod tests {

@@ -7,10 +7,12 @@
 
 mod buffer;
 mod gemm;
+#[allow(unsafe_code, reason = "vector intrinsics; each block says why it is sound")]
+mod micro;
 pub mod vector;
 
 pub use buffer::{Buffer, OutOfMemory};
-pub use gemm::{Threading, gemm, gemm_lower, mat, mat_mut, transpose};
+pub use gemm::{Threading, gemm, gemm_lower, mat, mat_mut, sandwich, sandwich_scratch, transpose};
 
 use crate::read::dtype::{self, Dtype};
 
@@ -30,6 +32,7 @@ pub trait Real:
     + std::fmt::Debug
     + bytemuck::Pod
     + faer::traits::RealField
+    + micro::Micro
     + 'static
 {
     /// Bytes of one value.

@@ -269,6 +269,14 @@ impl<T: Real> Factor<T> {
         }
     }
 
+    /// The matrix itself, where it is in memory.
+    pub(crate) fn in_memory(&self) -> Option<MatRef<'_, T>> {
+        match self {
+            Self::Symmetric(f) => f.panels.in_memory(),
+            Self::LowRank(_) => None,
+        }
+    }
+
     /// Flops of `X·A` for `X` with `rows` rows.
     pub fn flops(&self, rows: usize) -> f64 {
         let (r, side) = (rows as f64, self.side() as f64);
