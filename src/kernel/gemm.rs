@@ -310,9 +310,20 @@ fn pack_strip<T: Real>(src: MatRef<'_, T>, strip: &mut [T]) {
         return;
     }
     for (first, rows) in (0..src.nrows()).step_by(ROWS).zip(strip.chunks_mut(ROWS * T::STRIP)) {
+        let src = src.get(first..src.nrows().min(first + ROWS), ..);
         for j in 0..width {
-            for (l, row) in rows.chunks_exact_mut(T::STRIP).enumerate() {
-                row[j] = src[(first + l, j)];
+            let column = src.col(j);
+            match column.try_as_col_major() {
+                Some(column) => {
+                    for (row, v) in rows.chunks_exact_mut(T::STRIP).zip(column.as_slice()) {
+                        row[j] = *v;
+                    }
+                }
+                None => {
+                    for (row, v) in rows.chunks_exact_mut(T::STRIP).zip(column.iter()) {
+                        row[j] = *v;
+                    }
+                }
             }
         }
     }
@@ -320,9 +331,11 @@ fn pack_strip<T: Real>(src: MatRef<'_, T>, strip: &mut [T]) {
 
 /// Copies a few rows whose values are not contiguous into columns `[inner, MAX_ROWS]`.
 fn pack_rows<'p, T: Real>(src: MatRef<'_, T>, pack: &'p mut [T]) -> MatRef<'p, T> {
-    for (l, column) in pack.chunks_exact_mut(MAX_ROWS).take(src.ncols()).enumerate() {
-        for (i, v) in column[..src.nrows()].iter_mut().enumerate() {
-            *v = src[(i, l)];
+    for (l, to) in pack.chunks_exact_mut(MAX_ROWS).take(src.ncols()).enumerate() {
+        let column = src.col(l);
+        match column.try_as_col_major() {
+            Some(column) => to[..src.nrows()].copy_from_slice(column.as_slice()),
+            None => to.iter_mut().zip(column.iter()).for_each(|(to, v)| *to = *v),
         }
     }
     MatRef::from_column_major_slice_with_stride(pack, src.nrows(), src.ncols(), MAX_ROWS)
@@ -369,8 +382,7 @@ fn lower_rows<T: Real>(
 
 /// `dst` `[columns, rows]` ← `src` `[rows, columns]` transposed, both row-major and compact.
 ///
-/// Products want row-major operands: faer was measured at half its speed where the left one is transposed (or the right
-/// one, of a row-major result), and a copy costs a few per cent of what it is then multiplied with.
+/// For left operands: a product copies the columns of a transposed one for every [`GROUP`] strips anew.
 pub fn transpose<T: Real>(src: &[T], rows: usize, columns: usize, dst: &mut [T], threading: Threading) {
     /// Side of a block: one cache line of f32.
     const BLOCK: usize = 16;
@@ -479,6 +491,63 @@ mod tests {
             }
         }
         assert!(whole == pieces);
+    }
+
+    /// Transposed operands, and shapes that are no multiple of a tile, a strip or a vector.
+    #[test]
+    fn strides_do_not_change_a_bit() {
+        fn check<T: Real>() {
+            for (m, n, k) in [(1, 1, 1), (9, 49, 30), (17, 97, 513), (40, 20, 600), (5, 200, 0)] {
+                let (a, b) = (filled::<T>(m * k, 7), filled::<T>(k * n, 8));
+                let start = filled::<T>(m * n, 9);
+                let product = |lhs: MatRef<'_, T>, rhs: MatRef<'_, T>| {
+                    let mut c = start.clone();
+                    gemm(mat_mut(&mut c, m, n), true, lhs, rhs, -0.5, Threading::Sequential);
+                    c
+                };
+                let want = product(mat(&a, m, k), mat(&b, k, n));
+                let (mut at, mut bt) = (vec![T::default(); m * k], vec![T::default(); k * n]);
+                transpose(&a, m, k, &mut at, Threading::Sequential);
+                transpose(&b, k, n, &mut bt, Threading::Sequential);
+                assert!(want == product(mat(&at, k, m).transpose(), mat(&bt, n, k).transpose()));
+            }
+        }
+        check::<f32>();
+        check::<f64>();
+    }
+
+    /// The promise of [`sandwich`]: two products with a tile between them, for any room and any number of threads.
+    #[test]
+    fn a_sandwich_is_two_products() {
+        for (m, n) in [(1, 1), (30, 50), (700, 600), (1100, 90)] {
+            let (g, x, a) = (filled::<f32>(m * m, 1), filled::<f32>(m * n, 2), filled::<f32>(n * n, 3));
+            let start = filled::<f32>(m * n, 4);
+            let mut want = start.clone();
+            let mut tile = vec![0.0f32; PANEL.min(m) * n];
+            for rows in panels(m) {
+                let x = mat(&x[rows.start * n..rows.end * n], rows.len(), n);
+                gemm(mat_mut(&mut tile, rows.len(), n), false, x, mat(&a, n, n), 0.25, Threading::Sequential);
+                let g = mat(&g, m, m).get(.., rows.clone());
+                let xa = mat(&tile, rows.len(), n);
+                gemm(mat_mut(&mut want, m, n), true, g, xa, 3.0, Threading::Sequential);
+            }
+            let least = sandwich_scratch::<f32>(m, n);
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+            for (room, threading) in [
+                (least, Threading::Sequential),
+                (least, Threading::Parallel),
+                (5 * least, Threading::Sequential),
+                (5 * least, Threading::Parallel),
+            ] {
+                let mut y = start.clone();
+                let mut scratch = vec![f32::NAN; room];
+                let (g, x, a) = (mat(&g, m, m), mat(&x, m, n), mat(&a, n, n));
+                pool.install(|| {
+                    sandwich(mat_mut(&mut y, m, n), g, x, a, 0.25, 3.0, &mut scratch, threading);
+                });
+                assert!(y == want, "{m}x{n} {room} {threading:?}");
+            }
+        }
     }
 
     #[test]

@@ -150,7 +150,7 @@ impl Micro for f32 {
                 return Kernel { rows: 8, lanes: 16, run: x86::avx512_f32 };
             }
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                return Kernel { rows: 4, lanes: 8, run: x86::avx2_f32 };
+                return AVX2_F32;
             }
         }
         PORTABLE_F32
@@ -166,13 +166,17 @@ impl Micro for f64 {
                 return Kernel { rows: 8, lanes: 8, run: x86::avx512_f64 };
             }
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                return Kernel { rows: 4, lanes: 4, run: x86::avx2_f64 };
+                return AVX2_F64;
             }
         }
         PORTABLE_F64
     }
 }
 
+#[cfg(target_arch = "x86_64")]
+const AVX2_F32: Kernel<f32> = Kernel { rows: 4, lanes: 8, run: x86::avx2_f32 };
+#[cfg(target_arch = "x86_64")]
+const AVX2_F64: Kernel<f64> = Kernel { rows: 4, lanes: 4, run: x86::avx2_f64 };
 const PORTABLE_F32: Kernel<f32> = Kernel { rows: 4, lanes: 4, run: portable_f32 };
 const PORTABLE_F64: Kernel<f64> = Kernel { rows: 4, lanes: 2, run: portable_f64 };
 
@@ -376,4 +380,93 @@ mod x86 {
         _mm256_fmadd_pd,
         _mm256_mul_pd
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Multiplications by a prime: no pattern that a wrong stride could hit by chance.
+    fn numbers<T>(len: usize, make: impl Fn(i32) -> T) -> Vec<T> {
+        (0..len as i32).map(|i| make(i.wrapping_mul(7919) % 1009 - 500)).collect()
+    }
+
+    macro_rules! chains {
+        ($name:ident, $scalar:ty, $kernels:expr) => {
+            /// Every kernel of this machine against the chain it promises, one element at a time, on all heights and
+            /// widths, with both orders of the left operand.
+            #[test]
+            fn $name() {
+                const STRIP: usize = <$scalar as Micro>::STRIP;
+                // The portable loop rounds twice where the compiler may not use FMA: exact numbers do not show it.
+                for (kernel, exact) in $kernels {
+                    let make = |v: i32| if exact { v as $scalar } else { v as $scalar / 501.0 };
+                    for (rows, columns, inner) in
+                        [(1, 1, 1), (2, STRIP, 3), (3, STRIP - 1, 0), (5, 17, 4), (7, 9, 9), (8, STRIP, 21)]
+                    {
+                        let a = numbers(rows * inner, make);
+                        let b = numbers(inner * STRIP, |v| make(v + 1));
+                        let start = numbers(rows * STRIP, |v| make(v + 2));
+                        for (alpha, add) in [(-2.0, true), (0.5, false)] {
+                            let mut want = start.clone();
+                            for i in 0..rows {
+                                for j in 0..columns {
+                                    let mut sum: $scalar = 0.0;
+                                    for l in 0..inner {
+                                        sum = a[i * inner + l].mul_add(b[l * STRIP + j], sum);
+                                    }
+                                    let c = &mut want[i * STRIP + j];
+                                    *c = if add { sum.mul_add(alpha, *c) } else { alpha * sum };
+                                }
+                            }
+                            let mut columns_first = vec![0.0; rows * inner];
+                            for i in 0..rows {
+                                for l in 0..inner {
+                                    columns_first[l * rows + i] = a[i * inner + l];
+                                }
+                            }
+                            for lhs in [
+                                MatRef::from_row_major_slice(&a, rows, inner),
+                                MatRef::from_column_major_slice(&columns_first, rows, inner),
+                            ] {
+                                let mut c = start.clone();
+                                let dst = MatMut::from_row_major_slice_mut(&mut c, rows, STRIP);
+                                let rhs = MatRef::from_row_major_slice(&b, inner, STRIP);
+                                kernel.multiply(dst.get_mut(.., ..columns), add, lhs, rhs, alpha);
+                                assert!(c == want, "{rows} x {columns} x {inner}, lanes {}", kernel.lanes);
+                            }
+                        }
+                    }
+                }
+            }
+        };
+    }
+
+    /// Whether this machine's own kernel is known to round once.
+    const FUSED: bool = cfg!(any(target_arch = "x86_64", target_arch = "aarch64"));
+
+    fn kernels_f32() -> Vec<(Kernel<f32>, bool)> {
+        let mut kernels = vec![(PORTABLE_F32, true), (f32::kernel(), !FUSED)];
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            kernels.push((AVX2_F32, false));
+        } else {
+            kernels.truncate(1);
+        }
+        kernels
+    }
+
+    fn kernels_f64() -> Vec<(Kernel<f64>, bool)> {
+        let mut kernels = vec![(PORTABLE_F64, true), (f64::kernel(), !FUSED)];
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            kernels.push((AVX2_F64, false));
+        } else {
+            kernels.truncate(1);
+        }
+        kernels
+    }
+
+    chains!(f32_kernels_are_chains_of_fused_steps, f32, kernels_f32());
+    chains!(f64_kernels_are_chains_of_fused_steps, f64, kernels_f64());
 }
