@@ -20,8 +20,10 @@ use super::{Buffer, PANEL, Real, panels};
 const GROUP: usize = 8;
 /// Values of a scratch for [`GROUP`] strips and a few rows of the left operand, in f64s (an f32 strip is twice as wide).
 const PACK: usize = PANEL * (GROUP * 24 + MAX_ROWS);
-/// Up to so many rows copying the right operand costs more than it saves.
+/// Up to so many rows copying the right operand costs more than it saves …
 const UNPACKED_ROWS: usize = 16;
+/// … and where its rows all fit into so few bytes: copies were a tenth of the time at 96x96.
+const UNPACKED_BYTES: usize = 128 << 10;
 /// Products of fewer flops stay on their thread.
 const PARALLEL_FLOPS: f64 = 2e6;
 
@@ -192,7 +194,8 @@ fn block<T: Real>(
                 Right::Matrix(from) => {
                     let from = from.get(k.clone(), s * T::STRIP..s * T::STRIP + width);
                     let readable = from.col_stride() == 1 && kernel.columns_read(width) == width;
-                    if m <= UNPACKED_ROWS && readable {
+                    let small = inner * from.row_stride().unsigned_abs() * T::BYTES <= UNPACKED_BYTES;
+                    if readable && (small || m <= UNPACKED_ROWS) {
                         from
                     } else {
                         pack_strip(from, pack);
