@@ -56,13 +56,9 @@ impl DirectMemory {
             square
         };
         let panels = panel_scratch(columns, longest, low_rank) as u64 * 8;
-        let preparing = panels.max(cholesky::scratch_elements(columns) as u64 * 8);
         // x, right-hand side, displacement and one more for refinement, beside a streamed panel and its product.
         let solving = 4 * t * n * 8 + panels + product_scratch(rows, low_rank) as u64 * 8;
-        square
-            + formed
-            + preparing.max(solving)
-            + if self.eigen { Eigen::<f64>::SQUARES as u64 * square } else { 0 }
+        square + formed + solving + if self.eigen { Eigen::<f64>::SQUARES as u64 * square } else { 0 }
     }
 }
 

@@ -4,7 +4,7 @@
 //! system at any time; the output goes through a few small buffers.
 
 use crate::config::PreconditionerKind;
-use crate::kernel::PANEL;
+use crate::kernel::{PANEL, sandwich_scratch};
 use crate::merge::block::{Stage, Strategy, is_elementwise};
 use crate::merge::{DirectMemory, IterativeMemory, refined_bytes, two_term_bytes};
 use crate::merge::{
@@ -192,7 +192,7 @@ fn stage_bytes(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, 
                     let (m, n, models) = (m as u64, n as u64, solve.models.len() as u64);
                     let held_a = if memory.hold_a { models * n * n } else { panel * n };
                     let held_g = if memory.hold_g { models * m * m } else { 2 * panel * m };
-                    PANEL.min(m as usize) as u64 * n
+                    sandwich_scratch::<f32>(shape.out_features, shape.in_features) as u64
                         + held_a
                         + held_g
                         + low_rank_scratch(inputs, tensor, solve, shape)

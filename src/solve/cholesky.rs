@@ -1,7 +1,7 @@
 //! Blocked f64 Cholesky on a row-major buffer, the same bits for any number of threads.
 //!
 //! faer factors the diagonal blocks and solves the triangles sequentially; the products between them, where the flops
-//! are, go through the fixed grid of `kernel::gemm`.
+//! are, go through `kernel::gemm`.
 
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{LltRegularization, cholesky_in_place, cholesky_in_place_scratch};
@@ -10,7 +10,7 @@ use faer::prelude::ReborrowMut;
 use faer::{Mat, MatMut, Par};
 use rayon::prelude::*;
 
-use crate::kernel::{Buffer, PANEL, Threading, gemm_lower, mat, mat_mut, panels, transpose};
+use crate::kernel::{Threading, gemm_lower, mat, mat_mut};
 
 /// Side of a diagonal block.
 const BLOCK: usize = 256;
@@ -27,11 +27,6 @@ pub struct NotPositive {
     pub row: usize,
 }
 
-/// Values of scratch that [`factorise`] allocates.
-pub const fn scratch_elements(side: usize) -> usize {
-    (2 * BLOCK + PANEL / 2) * side
-}
-
 /// Overwrites the lower triangle of row-major `s` `[side, side]` with `L`, `S = L·Lᵀ`. The strict upper triangle is
 /// neither read nor written. Cost: `side³/3` flops.
 ///
@@ -42,9 +37,6 @@ pub fn factorise(s: &mut [f64], side: usize, threading: Threading) -> Result<(),
     if !(largest.is_finite() && largest > 0.0) {
         return Err(NotPositive { row: 0 });
     }
-    let mut compact = Buffer::<f64>::zeroed(BLOCK * side);
-    let mut transposed = Buffer::<f64>::zeroed(BLOCK * side);
-    let mut upper = Buffer::<f64>::zeroed(PANEL / 2 * side);
     let mut rest = mat_mut(s, side, side);
     let mut row = 0;
     while row < side {
@@ -57,34 +49,11 @@ pub fn factorise(s: &mut [f64], side: usize, threading: Threading) -> Result<(),
             solve_lower_triangular_in_place(l11, chunk.transpose_mut(), Par::Seq);
         });
         let l21 = below.as_ref();
-        let rows = l21.nrows();
-        for (i, line) in compact.chunks_exact_mut(width).take(rows).enumerate() {
-            for (j, v) in line.iter_mut().enumerate() {
-                *v = l21[(i, j)];
-            }
-        }
-        transpose(&compact[..rows * width], rows, width, &mut transposed, threading);
-        // The product updates its diagonal tiles whole; what lies above the diagonal is the caller's.
-        for_upper_of_tiles(trailing.rb_mut(), &mut upper, |v, kept| *kept = *v);
-        gemm_lower(trailing.rb_mut(), true, l21, mat(&transposed, width, rows), -1.0, threading);
-        for_upper_of_tiles(trailing.rb_mut(), &mut upper, |v, kept| *v = *kept);
+        gemm_lower(trailing.rb_mut(), true, l21, l21.transpose(), -1.0, threading);
         rest = trailing;
         row += width;
     }
     Ok(())
-}
-
-/// The entries above the diagonal in the diagonal tiles of [`gemm_lower`], each with its place in `kept`.
-fn for_upper_of_tiles(mut s: MatMut<'_, f64>, kept: &mut [f64], visit: impl Fn(&mut f64, &mut f64)) {
-    let n = s.nrows();
-    let mut kept = kept.iter_mut();
-    for tile in panels(n) {
-        for i in tile.clone() {
-            for (j, kept) in (i + 1..tile.end).zip(&mut kept) {
-                visit(&mut s[(i, j)], kept);
-            }
-        }
-    }
 }
 
 fn factor_block(mut block: MatMut<'_, f64>, first_row: usize, floor: f64) -> Result<(), NotPositive> {
