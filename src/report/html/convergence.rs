@@ -1,5 +1,6 @@
 //! Convergence of every block that was solved step by step, and why each solve ended.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use maud::{Markup, html};
@@ -86,7 +87,7 @@ fn reasons(blocks: &[Block]) -> Markup {
         }
     }
     let mut rows: Vec<(&str, (usize, bool))> = counts.into_iter().collect();
-    rows.sort_by(|a, b| b.1.0.cmp(&a.1.0));
+    rows.sort_by_key(|row| Reverse(row.1.0));
     html! {
         @if !rows.is_empty() {
             h3 { "Why solves ended" }

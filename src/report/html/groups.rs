@@ -1,5 +1,6 @@
 //! How tensors were merged: one row for each way, however many tensors went it.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use maud::{Markup, html};
@@ -52,7 +53,7 @@ pub(super) fn section(blocks: &[Block]) -> Markup {
         group.bytes_read = group.bytes_read.saturating_add(block.record.bytes_read);
     }
     let mut groups: Vec<(String, Group)> = by_way.into_iter().collect();
-    groups.sort_by(|a, b| b.1.tensors.cmp(&a.1.tensors));
+    groups.sort_by_key(|group| Reverse(group.1.tensors));
     let total = groups.iter().map(|(_, g)| g.seconds).sum::<f64>();
     html! {
         section id="how" {

@@ -2,7 +2,7 @@
 //!
 //! `run::report` calls [`merge_page`] and [`sweep_page`] and writes what they return. A page opens from a file,
 //! loads nothing (its Content-Security-Policy forbids it) and reads without its script, which only sorts and
-//! filters. Every text of a record goes through maud, which escapes it; [`show::name`] also takes away what could
+//! filters. Every text of a record goes through maud, which escapes it; `show::name` also takes away what could
 //! reorder a line. Nothing here reads a file or computes a result.
 //!
 //! A page stays usable at any number of parameters: lists are cut at the limits below, largest first, and say so.

@@ -1,5 +1,6 @@
 //! What was not merged and why, warnings, the files read and written, and the config.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use maud::{Markup, html};
@@ -15,7 +16,7 @@ pub(super) fn unmerged(report: &RunReport) -> Markup {
         by_reason.entry(&record.reason).or_default().push(&record.name);
     }
     let mut groups: Vec<(&str, Vec<&str>)> = by_reason.into_iter().collect();
-    groups.sort_by(|a, b| b.1.len().cmp(&a.1.len()));
+    groups.sort_by_key(|group| Reverse(group.1.len()));
     html! {
         section id="unmerged" {
             h2 { "Not merged, and why" }
