@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use maud::{Markup, html};
 
 use super::plot::{Caption, Curve, overview};
-use super::{Block, MAX_CURVES, MAX_LISTED, Status, show};
+use super::{Block, MAX_CURVES, MAX_LISTED, MAX_ROWS, Status, show};
 use crate::report::json::StepReport;
 
 pub(super) fn section(blocks: &[Block]) -> Markup {
@@ -22,7 +22,7 @@ pub(super) fn section(blocks: &[Block]) -> Markup {
         let each = stepped.iter().map(|&(row, block)| {
             let history = &block.record.history;
             Curve {
-                row,
+                row: (row < MAX_ROWS).then_some(row),
                 name: block.name,
                 converged: block.record.converged != Some(false),
                 values: history.iter().map(|step| value(step, &history[0])).collect(),

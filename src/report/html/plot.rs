@@ -30,8 +30,8 @@ const LINEAR_STEPS: f64 = 48.0;
 /// One block's values by step; what is not finite or not positive has no place on a logarithmic axis and is left
 /// out.
 pub(super) struct Curve<'a> {
-    /// Its row in the table of blocks.
-    pub(super) row: usize,
+    /// Its row in the table of blocks, if it has one there.
+    pub(super) row: Option<usize>,
     pub(super) name: &'a str,
     pub(super) converged: bool,
     pub(super) values: Vec<f64>,
@@ -86,7 +86,7 @@ pub(super) fn overview(caption: &Caption, curves: &[Curve]) -> Option<Markup> {
                 g class=(crowd) {
                     @for (curve, path) in curves.iter().zip(&paths) {
                         @if !path.is_empty() {
-                            a href={ "#b" (curve.row) } tabindex="-1" {
+                            a href=[curve.row.map(|row| format!("#b{row}"))] tabindex="-1" {
                                 path class=[(!curve.converged).then_some("un")] d=(path) {
                                     title { (show::text(curve.name)) }
                                 }
@@ -295,7 +295,7 @@ mod tests {
     fn ranges_that_no_axis_likes_are_drawn_or_left_out() {
         let caption = Caption { id: "x", title: "t", description: String::new() };
         let drawn = |values: &[f64]| {
-            let curve = Curve { row: 0, name: "w", converged: true, values: values.to_vec() };
+            let curve = Curve { row: Some(0), name: "w", converged: true, values: values.to_vec() };
             overview(&caption, &[curve]).map(Markup::into_string)
         };
         for values in [

@@ -72,7 +72,7 @@
 
   // The curves of a row that is pointed at or opened stand out.
   const curves = new Map();
-  for (const link of document.querySelectorAll(".plot a")) {
+  for (const link of document.querySelectorAll(".plot a[href]")) {
     const row = link.getAttribute("href").slice(1);
     curves.set(row, [...(curves.get(row) ?? []), link.firstElementChild]);
   }
