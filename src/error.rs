@@ -4,6 +4,7 @@ use crate::config::ConfigError;
 use crate::merge::MergeError;
 use crate::plan::PlanError;
 use crate::read::ReadError;
+use crate::report::ReportError;
 use crate::statistics::StatisticsError;
 use crate::write::WriteError;
 
@@ -29,6 +30,9 @@ pub enum Error {
     /// The output.
     #[error(transparent)]
     Write(#[from] WriteError),
+    /// A run's record.
+    #[error(transparent)]
+    Report(#[from] ReportError),
     /// A flag whose value makes no sense here.
     #[error("{flag}: {what}")]
     Flag {
@@ -55,7 +59,7 @@ impl Error {
     /// The exit code that the command line's contract gives this error.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Flag { .. } => 2,
+            Self::Config(_) | Self::Report(_) | Self::Flag { .. } => 2,
             Self::Read(error) => error.exit_class().code(),
             Self::Statistics(error) => error.exit_class().code(),
             Self::Plan(PlanError::Merge(error)) | Self::Merge(error) => merge_code(error),

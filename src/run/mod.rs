@@ -1,8 +1,10 @@
 //! The commands: from parsed arguments to an exit code. `main` calls [`run`]; everything else is called from here.
 
 mod inputs;
+mod manual;
 mod merge;
 mod record;
+mod report;
 mod resources;
 mod sweep;
 
@@ -33,6 +35,9 @@ pub fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Plan(args) => plan(&args),
         Command::Inspect(args) => inspect(&args),
         Command::Diff(args) => diff(&args),
+        Command::Report(args) => report::command(&args),
+        Command::Completions(args) => manual::completions(&args),
+        Command::Man(args) => manual::man(&args),
     }
 }
 

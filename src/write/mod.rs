@@ -17,12 +17,14 @@
 
 mod error;
 mod output_dir;
+mod replace;
 mod shard;
 mod side;
 mod sweep_dir;
 
 pub use error::{ExitClass, OverInput, WriteError};
 pub use output_dir::OutputDir;
+pub use replace::replace_file;
 pub use shard::{CheckpointWriter, WrittenCheckpoint, WrittenFile};
 pub use side::{SideContent, SideFile, copy_side_files, patch_config, torch_dtype_name};
 pub use sweep_dir::SweepDir;

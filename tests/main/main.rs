@@ -8,4 +8,5 @@ mod cli;
 mod config;
 mod hostile;
 mod outputs;
+mod report;
 mod util;
