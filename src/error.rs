@@ -5,6 +5,8 @@ use crate::merge::MergeError;
 use crate::plan::PlanError;
 use crate::read::ReadError;
 use crate::statistics::StatisticsError;
+use crate::tokenizer::TokenizerError;
+use crate::view::AdapterError;
 use crate::write::WriteError;
 
 /// Anything that ends a command.
@@ -17,6 +19,24 @@ pub enum Error {
     /// A checkpoint.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// An adapter.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    /// Vocabularies.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// A slice or module that a model does not have.
+    #[error("{config}:{line}: {key}: {what}")]
+    Section {
+        /// The config.
+        config: String,
+        /// Its line.
+        line: usize,
+        /// The slice or module.
+        key: String,
+        /// What was found and expected.
+        what: String,
+    },
     /// A statistics file.
     #[error(transparent)]
     Statistics(#[from] StatisticsError),
@@ -55,8 +75,14 @@ impl Error {
     /// The exit code that the command line's contract gives this error.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Flag { .. } => 2,
-            Self::Read(error) => error.exit_class().code(),
+            Self::Read(error)
+            | Self::Adapter(AdapterError::Read(error))
+            | Self::Tokenizer(TokenizerError::Read(error)) => error.exit_class().code(),
+            Self::Config(_)
+            | Self::Flag { .. }
+            | Self::Adapter(_)
+            | Self::Tokenizer(_)
+            | Self::Section { .. } => 2,
             Self::Statistics(error) => error.exit_class().code(),
             Self::Plan(PlanError::Merge(error)) | Self::Merge(error) => merge_code(error),
             Self::Plan(_) => 2,

@@ -11,6 +11,8 @@ mod fields;
 mod parameters;
 mod parse;
 mod schema;
+mod slices;
+mod tokenizer;
 mod yaml;
 
 #[cfg(test)]
@@ -22,8 +24,10 @@ pub use error::ConfigError;
 pub use parameters::Parameters;
 pub use schema::{
     DeltaScale, Initial, MergeConfig, Method, ModelEntry, ModelPath, OutDtype, PCG_RIDGE, PreconditionerKind,
-    Round, SolverConfig, SolverMethod, StopConfig, Subspace, TASK_VECTOR_RIDGE, Unmatched,
+    Round, Section, SolverConfig, SolverMethod, StopConfig, Subspace, TASK_VECTOR_RIDGE, Unmatched,
 };
+pub use slices::SliceLayers;
+pub use tokenizer::{ChatTemplate, EmbeddingSource, TokenEmbedding, TokenizerConfig, TokenizerSource};
 
 impl MergeConfig {
     /// Reads and checks the config at `path`. Existence of models and statistics is left to whoever opens

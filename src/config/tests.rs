@@ -1,6 +1,7 @@
 //! Tests of the configuration as a whole: what is read and what it means.
 
 mod refusals;
+mod sections;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -66,7 +67,7 @@ fn the_contracts_example() {
     );
     assert_eq!((config.dtype, config.out_dtype), (Some(OutDtype::Float32), Some(OutDtype::Bfloat16)));
     assert_eq!(config.output_dtype(), Some(OutDtype::Bfloat16));
-    assert_eq!(config.tokenizer_source.as_deref(), Some("base"));
+    assert_eq!(config.tokenizer.as_ref().map(|tokenizer| &tokenizer.source), Some(&TokenizerSource::Base));
 
     let round = &config.round;
     assert_eq!(

@@ -3,6 +3,7 @@
 mod inputs;
 mod merge;
 mod resources;
+mod sections;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
