@@ -341,6 +341,7 @@ merge_method: mats
         "\
 mats-stream-config/1
 output_dtype = bfloat16
+tokenizer.source = base
 base_model = \"models/base\"
 models[0].model = \"models/paws\"
 models[0].statistics = \"stats/paws.safetensors\"

@@ -59,7 +59,7 @@ fn refusals() {
         (
             "merge_method: fischer\nmodels: []".into(),
             "1: merge_method: unknown value `fischer` (expected one of linear, task_arithmetic, \
-             fisher, regmean, wudi, actmat, mats); did you mean `fisher`?",
+             passthrough, fisher, regmean, wudi, actmat, mats); did you mean `fisher`?",
         ),
         (
             "merge_method: linear\nmodels: [{modle: a}]".into(),
