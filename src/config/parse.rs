@@ -151,8 +151,10 @@ fn sections(
     top: &Scope<'_>,
     context: &Models<'_>,
 ) -> Result<(), ConfigError> {
+    // Without the text and the sections before: copying those for each section would be quadratic.
+    let shell = MergeConfig { text: String::new(), ..config.clone() };
+    let needed = needs_base(top)?;
     for mut part in parts {
-        let needed = needs_base(top)?;
         let base = part.base(top.path, config.base_model.as_ref(), needed)?;
         let shared = Shared {
             context,
@@ -171,14 +173,7 @@ fn sections(
             config.round = round.clone();
             config.round.model_parameters.clear();
         }
-        let section = MergeConfig {
-            text: String::new(),
-            models: part.models,
-            base_model: base,
-            round,
-            sections: Vec::new(),
-            ..config.clone()
-        };
+        let section = MergeConfig { models: part.models, base_model: base, round, ..shell.clone() };
         config.sections.push(Section { config: section, module: part.module, layers: part.layers });
     }
     Ok(())

@@ -52,6 +52,8 @@ pub struct OutputFiles {
     pub changed: Vec<(String, Vec<u8>)>,
     /// Files that are not copied, since they would overrule a changed one.
     pub dropped: Vec<&'static str>,
+    /// Memory that vocabularies took while they were brought together.
+    pub vocabulary_bytes: u64,
     /// For stderr and the report.
     pub warnings: Vec<String>,
 }

@@ -14,6 +14,9 @@ use crate::statistics::ModelStatistics;
 use crate::tokenizer::{self, Donor, TokenizerError, Vocabularies};
 use crate::view::{Adapter, Layers, Model, Section, View, layers, names};
 
+/// A vocabulary in memory takes up to this many times its file, which has merges beside the tokens: an estimate.
+const VOCABULARY_FACTOR: u64 = 4;
+
 /// Opens models, base, initial checkpoints, adapters, statistics and tokenizers: headers and vocabularies only.
 ///
 /// # Errors
@@ -336,7 +339,15 @@ fn bring_together(config: &MergeConfig, inputs: &mut Inputs) -> Result<Option<us
         return Err(TokenizerError::NoEmbedding.into());
     }
     let Vocabularies { files, warnings, .. } = vocabularies;
+    // Tokens, ids and the files' own text, all models at once.
+    let size = |directory: &Path| {
+        let names = ["tokenizer.json", "vocab.json", "vocab.txt"];
+        let found = names.iter().find_map(|name| std::fs::metadata(directory.join(name)).ok());
+        found.map_or(0, |metadata| metadata.len())
+    };
+    let read: u64 = donors.iter().filter_map(|donor| donor.directory).map(size).sum::<u64>() + size(&files.directory);
     inputs.files = OutputFiles {
+        vocabulary_bytes: VOCABULARY_FACTOR * read,
         tokenizer_directory: Some(files.directory),
         changed: files.changed,
         warnings,
@@ -359,15 +370,14 @@ fn permute(
             sources.push((source, path.clone()));
         }
     }
-    // What a section does not see must not lend rows: its heads are not this model's.
-    let visible = |source: SourceId| inputs.checkpoints[source].tensors().any(|(name, _)| names::is_vocabulary(&name));
-    sources.retain(|(source, _)| visible(*source));
     let models: Vec<(ModelPath, Arc<Model>)> = sources
         .iter()
         .map(|(source, path)| (path.clone(), Arc::clone(inputs.checkpoints[*source].model())))
         .collect();
     let base = inputs.base.and_then(|base| sources.iter().position(|(source, _)| *source == base));
-    let (models, found) = tokenizer::permute(config, vocabularies, &models, base)?;
+    // A slice in the middle sees no embedding, the last one only the head.
+    let seen = |name: &str| sources.iter().any(|(source, _)| inputs.checkpoints[*source].get(name).is_some());
+    let (models, found) = tokenizer::permute(config, vocabularies, &models, base, &seen)?;
     for ((source, _), model) in sources.iter().zip(models) {
         inputs.checkpoints[*source] = Arc::new(inputs.checkpoints[*source].with_model(model));
     }

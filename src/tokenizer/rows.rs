@@ -8,7 +8,8 @@ use crate::config::{EmbeddingSource, MergeConfig, ModelPath, TokenEmbedding};
 use crate::view::{Model, RowMap, RowSource, names};
 
 /// The models of one section with the rows of their vocabularies in the output's order; `base` is an index into
-/// `models`. Also how many tensors have been rearranged or were found to be in order.
+/// `models`, and `seen` tells which tensors are the section's. Also how many tensors have been rearranged or were found
+/// to be in order.
 ///
 /// # Errors
 /// [`TokenizerError::Width`] and [`TokenizerError::Token`].
@@ -17,11 +18,13 @@ pub fn permute(
     vocabularies: &Vocabularies,
     models: &[(ModelPath, Arc<Model>)],
     base: Option<usize>,
+    seen: &dyn Fn(&str) -> bool,
 ) -> Result<(Vec<Arc<Model>>, usize), TokenizerError> {
     let tensors: BTreeSet<String> = models
         .iter()
         .flat_map(|(_, model)| model.tensors())
         .filter(|meta| names::is_vocabulary(&meta.name) && meta.dtype.is_float() && !meta.shape.is_empty())
+        .filter(|meta| seen(&meta.name))
         .map(|meta| meta.name.clone())
         .collect();
     let mut maps: Vec<HashMap<String, RowMap>> = models.iter().map(|_| HashMap::new()).collect();

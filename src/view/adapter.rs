@@ -367,9 +367,9 @@ impl Names<'_> {
             if self.base.get(rest).is_some() {
                 return Some(rest.to_owned());
             }
-            // What is left must still say which layer: `weight` alone fits anywhere.
+            // What is left must still name a module: `weight` alone fits anywhere.
             match rest.split_once('.') {
-                Some((_, shorter)) if shorter.split('.').count() > 2 => rest = shorter,
+                Some((_, shorter)) if shorter.contains('.') => rest = shorter,
                 _ => break,
             }
         }

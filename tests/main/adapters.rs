@@ -109,7 +109,7 @@ fn an_adapter_is_added_to_its_base() {
         ("patterns", 6.0 / rank, 12.0 / rank),
         ("regex", 6.0 / rank, 12.0 / rank),
     ] {
-        let merged = world.scratch.merge(&World::config(name), name, &[]);
+        let merged = world.scratch.merge(&World::config(name), &format!("{name}-0"), &[]);
         for (module, factors, scale) in [(Q, &f[..2], of_q), (V, &f[2..], of_v)] {
             let expected = added(&world.base(&weight(module)), &product(&factors[0], &factors[1], scale));
             close(&merged.values(&weight(module)), &expected);
