@@ -42,9 +42,7 @@ const STOP_KEYS: &[&str] = &["objective_decrease", "preconditioned_residual", "r
 const RULE_KEYS: &[&str] = &["filter", "value"];
 
 /// Keys with a meaning in mergekit or in the contract that this version does not carry out.
-const UNSUPPORTED_KEYS: &[(&str, &str)] = &[
-    ("sweep", "; write one config for each merge"),
-];
+const UNSUPPORTED_KEYS: &[(&str, &str)] = &[("sweep", "; write one config for each merge")];
 
 /// mergekit's methods beyond those of [`Method`].
 const UNSUPPORTED_METHODS: &[&str] = &[
@@ -318,7 +316,9 @@ fn path_only<'n>(field: &Field<'n>) -> Result<&'n str, ConfigError> {
     let scope = field.scope(EXPECTED)?;
     scope.check_keys(&["path", "revision"], |_| None)?;
     if let Some(revision) = scope.field("revision") {
-        return Err(revision.not_allowed("nothing is downloaded here; give the directory of that revision as `path`"));
+        return Err(
+            revision.not_allowed("nothing is downloaded here; give the directory of that revision as `path`")
+        );
     }
     match scope.field("path") {
         Some(path) => path.text("a path"),
@@ -346,9 +346,10 @@ impl Shared<'_> {
         };
         // What a slice or module sets stands before the config's own; nested rounds stand for themselves.
         let levels = if outer.is_none() { self.levels } else { &[] };
-        let parameters = levels.iter().rev().try_fold(parameters, |below, level| {
-            Ok(self::parameters(level, method, false)?.over(below))
-        })?;
+        let parameters = levels
+            .iter()
+            .rev()
+            .try_fold(parameters, |below, level| Ok(self::parameters(level, method, false)?.over(below)))?;
         let model_parameters = self.model_parameters(method, &parameters, outer.is_some())?;
         let unmatched = match scope.field("unmatched") {
             Some(field) => {

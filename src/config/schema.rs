@@ -127,6 +127,7 @@ impl Round {
                 max_iterations: None,
                 tolerance: None,
                 ridge: None,
+                stop: None,
                 line: 0,
             },
             unmatched: Unmatched::Average,

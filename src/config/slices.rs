@@ -140,9 +140,7 @@ fn slices<'n>(
             };
             let model = model_path(&model, context)?;
             let Some(range) = scope.field("layer_range") else {
-                return Err(
-                    scope.missing("layer_range", "a source says which layers it gives, as `[0, 16]`")
-                );
+                return Err(scope.missing("layer_range", "a source says which layers it gives, as `[0, 16]`"));
             };
             let layers = layer_range(&range)?;
             if let Some(first) = ranges.first()

@@ -47,9 +47,15 @@ pub enum EmbeddingSource {
     /// The model's row of the same token.
     Model(ModelPath),
     /// The model's row of another token.
-    Token { model: ModelPath, token: String },
+    Token {
+        model: ModelPath,
+        token: String,
+    },
     /// The model's row of this number.
-    TokenId { model: ModelPath, id: usize },
+    TokenId {
+        model: ModelPath,
+        id: usize,
+    },
 }
 
 /// `chat_template` as written: `auto`, a name, or the template itself.
@@ -109,10 +115,7 @@ fn source(field: &Field<'_>, context: &Models<'_>) -> Result<TokenizerSource, Co
     Ok(TokenizerSource::Model(model_path(field, context)?))
 }
 
-fn tokens(
-    field: &Field<'_>,
-    context: &Models<'_>,
-) -> Result<Vec<(String, TokenEmbedding)>, ConfigError> {
+fn tokens(field: &Field<'_>, context: &Models<'_>) -> Result<Vec<(String, TokenEmbedding)>, ConfigError> {
     let scope = field.scope("a mapping from a token to its `{source, force}`")?;
     let mut tokens = Vec::with_capacity(scope.entries.len());
     for entry in scope.entries {

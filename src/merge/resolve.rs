@@ -44,7 +44,8 @@ impl LayerPosition {
 
     /// Counts layers by the numbers in the tensors' names.
     pub fn counted(checkpoint: &View) -> Self {
-        let layers = checkpoint.tensors().filter_map(|(name, _)| layer_index(&name)).max().map_or(0, |k| k + 1);
+        let layers =
+            checkpoint.tensors().filter_map(|(name, _)| layer_index(&name)).max().map_or(0, |k| k + 1);
         Self { first: 0, layers }
     }
 

@@ -100,7 +100,8 @@ pub fn align(inputs: &Inputs, untie: bool) -> Result<Alignment, AlignError> {
     let named = |name: &str, tensor: &TensorMeta| TensorMeta { name: name.to_owned(), ..tensor.clone() };
     let mut candidates: Vec<TensorMeta> =
         inputs.checkpoints[reference].tensors().map(|(name, tensor)| named(&name, tensor)).collect();
-    let known: BTreeSet<Cow<'_, str>> = inputs.checkpoints[reference].tensors().map(|(name, _)| name).collect();
+    let known: BTreeSet<Cow<'_, str>> =
+        inputs.checkpoints[reference].tensors().map(|(name, _)| name).collect();
     let mut extra: BTreeMap<Cow<'_, str>, (&TensorMeta, SourceId)> = BTreeMap::new();
     for source in &sources {
         for (name, tensor) in inputs.checkpoints[*source].tensors() {

@@ -178,7 +178,8 @@ impl MergePlan {
             whole.add(config, inputs, None, None, limits.untie)?;
         }
         for (k, section) in config.sections.iter().enumerate() {
-            let part = Arc::get_mut(&mut inputs.sections[k]).expect("nobody else has the inputs before the plan");
+            let part =
+                Arc::get_mut(&mut inputs.sections[k]).expect("nobody else has the inputs before the plan");
             whole.add(&section.config, part, Some(k), section.layers.as_ref(), limits.untie)?;
         }
         if config.sections.iter().any(|section| section.module.is_some()) {
@@ -207,16 +208,7 @@ impl MergePlan {
             })
             .collect();
         let layout = OutputLayout::new(specs, limits.shard_bytes)?;
-        Ok(Self {
-            blocks,
-            units,
-            layout,
-            left_out,
-            warnings,
-            overhead_bytes,
-            least_memory_bytes,
-            limits,
-        })
+        Ok(Self { blocks, units, layout, left_out, warnings, overhead_bytes, least_memory_bytes, limits })
     }
 
     /// Peak anonymous memory of the run: the overhead and what units hold at the same time.
@@ -378,7 +370,8 @@ impl Planner<'_> {
                 .tensor(from, &meta.name)
                 .is_some_and(|t| t.dtype == plan.dtype && inputs.checkpoints[from].is_stored(t))
         {
-            let reason = if recipe.method == "passthrough" { "passed through" } else { "taken from the base" };
+            let reason =
+                if recipe.method == "passthrough" { "passed through" } else { "taken from the base" };
             plan.action = Action::Copy { source: from, reason };
             return Ok(plan);
         }

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::config::{Initial, MergeConfig, ModelPath, Section as ConfigSection};
 use super::sections::{patch_layers, patch_vocabulary};
+use crate::config::{Initial, MergeConfig, ModelPath, Section as ConfigSection};
 use crate::error::Error;
 use crate::merge::{Inputs, ModelInput, OutputFiles, SourceId};
 use crate::read::{Checkpoint, IoMode};
@@ -27,9 +27,9 @@ pub fn open_inputs(config: &MergeConfig, io: IoMode, refuse_nonfinite: bool) -> 
     let mut prefixes: Vec<(String, &ConfigSection)> = Vec::new();
     for section in &config.sections {
         let prefix = opener.prefix(config, section)?;
-        let clash = prefixes
-            .iter()
-            .find(|(other, with)| with.module != section.module && (other.starts_with(&prefix) || prefix.starts_with(other)));
+        let clash = prefixes.iter().find(|(other, with)| {
+            with.module != section.module && (other.starts_with(&prefix) || prefix.starts_with(other))
+        });
         if let Some((_, other)) = clash {
             let name = |section: &ConfigSection| section.module.clone().unwrap_or_default();
             return Err(section_error(
@@ -116,10 +116,10 @@ fn section_error(config: &MergeConfig, section: &ConfigSection, what: String) ->
         Some(module) => format!("modules.{}", crate::read::escaped(module)),
         None => "slices".to_owned(),
     };
-    let line = section.layers.as_ref().map_or_else(
-        || section.config.models.first().map_or(0, |entry| entry.line),
-        |layers| layers.line,
-    );
+    let line = section
+        .layers
+        .as_ref()
+        .map_or_else(|| section.config.models.first().map_or(0, |entry| entry.line), |layers| layers.line);
     Error::Section { config: config.path.display().to_string(), line, key, what }
 }
 
@@ -175,8 +175,10 @@ impl Opener {
         refuse_nonfinite: bool,
     ) -> Result<Inputs, Error> {
         let mut views = Views::default();
-        let range = |k: usize| section.and_then(|(_, s, _)| s.layers.as_ref()).map(|layers| layers.ranges[k].clone());
-        let base_range = section.and_then(|(_, s, _)| s.layers.as_ref()).and_then(|layers| layers.base.clone());
+        let range =
+            |k: usize| section.and_then(|(_, s, _)| s.layers.as_ref()).map(|layers| layers.ranges[k].clone());
+        let base_range =
+            section.and_then(|(_, s, _)| s.layers.as_ref()).and_then(|layers| layers.base.clone());
         let base = match &config.base_model {
             Some(base) => Some(self.view(&mut views, base, section, base_range)?),
             None => None,
@@ -228,19 +230,30 @@ impl Opener {
             Some((config, section, prefix)) => {
                 let layers = match (&section.layers, range) {
                     (Some(slice), Some(range)) => {
-                        let (stacks, count) = layers::stacks(model.tensors().map(|t| t.name.as_str()), prefix);
+                        let (stacks, count) =
+                            layers::stacks(model.tensors().map(|t| t.name.as_str()), prefix);
                         if stacks.len() > 1 {
-                            let listed: Vec<_> = stacks.iter().take(4).map(|s| crate::read::escaped(s)).collect();
-                            return Err(section_error(config, section, format!(
-                                "`{}` has several stacks of layers ({}); say under `modules` which one is meant",
-                                path.written, listed.join(", ")
-                            )));
+                            let listed: Vec<_> =
+                                stacks.iter().take(4).map(|s| crate::read::escaped(s)).collect();
+                            return Err(section_error(
+                                config,
+                                section,
+                                format!(
+                                    "`{}` has several stacks of layers ({}); say under `modules` which one is meant",
+                                    path.written,
+                                    listed.join(", ")
+                                ),
+                            ));
                         }
                         if range.end > count {
-                            return Err(section_error(config, section, format!(
-                                "`{}` has {count} layers (got layer_range [{}, {}])",
-                                path.written, range.start, range.end
-                            )));
+                            return Err(section_error(
+                                config,
+                                section,
+                                format!(
+                                    "`{}` has {count} layers (got layer_range [{}, {}])",
+                                    path.written, range.start, range.end
+                                ),
+                            ));
                         }
                         Some(Layers {
                             first: range.start,
@@ -271,22 +284,32 @@ impl Opener {
         match (candidates.next(), candidates.next()) {
             (Some(prefix), None) => Ok(prefix),
             // The one module of a model that has no parts.
-            (None, _) if module == "default" && config.sections.iter().all(|s| s.module == section.module) => {
+            (None, _)
+                if module == "default" && config.sections.iter().all(|s| s.module == section.module) =>
+            {
                 Ok(String::new())
             }
-            (Some(one), Some(other)) => Err(section_error(config, section, format!(
-                "`{}` has several modules of this name (`{one}`, `{other}`); write the whole path",
-                first.model.written
-            ))),
+            (Some(one), Some(other)) => Err(section_error(
+                config,
+                section,
+                format!(
+                    "`{}` has several modules of this name (`{one}`, `{other}`); write the whole path",
+                    first.model.written
+                ),
+            )),
             (None, _) => {
                 let tops: std::collections::BTreeSet<&str> =
                     names().filter_map(|name| name.split_once('.').map(|(top, _)| top)).collect();
                 let tops: Vec<_> = tops.into_iter().take(8).map(crate::read::escaped).collect();
-                Err(section_error(config, section, format!(
-                    "`{}` has no tensors below a part of that name; modules go by the tensors' names, as `{}`",
-                    first.model.written,
-                    tops.join("`, `")
-                )))
+                Err(section_error(
+                    config,
+                    section,
+                    format!(
+                        "`{}` has no tensors below a part of that name; modules go by the tensors' names, as `{}`",
+                        first.model.written,
+                        tops.join("`, `")
+                    ),
+                ))
             }
         }
     }
@@ -310,7 +333,8 @@ fn bring_together(config: &MergeConfig, inputs: &mut Inputs) -> Result<Option<us
     }
     let view = |path: &ModelPath| {
         let models = inputs.models.iter().zip(&config.models);
-        let source = models.filter(|(_, entry)| entry.model.path == path.path).map(|(input, _)| input.source).next();
+        let source =
+            models.filter(|(_, entry)| entry.model.path == path.path).map(|(input, _)| input.source).next();
         source.or(inputs.base).map(|source| &inputs.checkpoints[source])
     };
     let donors: Vec<Donor<'_>> = paths
@@ -330,6 +354,14 @@ fn bring_together(config: &MergeConfig, inputs: &mut Inputs) -> Result<Option<us
         })
         .collect();
     let Some(vocabularies) = tokenizer::vocabularies(config, &donors)? else { return Ok(None) };
+    // Tokens, ids and the files' own text, all models at once.
+    let size = |directory: &Path| {
+        let names = ["tokenizer.json", "vocab.json", "vocab.txt"];
+        let found = names.iter().find_map(|name| std::fs::metadata(directory.join(name)).ok());
+        found.map_or(0, |metadata| metadata.len())
+    };
+    let read: u64 = donors.iter().filter_map(|donor| donor.directory).map(size).sum::<u64>()
+        + size(&vocabularies.files.directory);
     let mut found = permute(config, config, &vocabularies, inputs)?;
     for (section, part) in config.sections.iter().zip(&mut inputs.sections) {
         let part = Arc::get_mut(part).expect("nobody else has the inputs before the plan");
@@ -339,13 +371,6 @@ fn bring_together(config: &MergeConfig, inputs: &mut Inputs) -> Result<Option<us
         return Err(TokenizerError::NoEmbedding.into());
     }
     let Vocabularies { files, warnings, .. } = vocabularies;
-    // Tokens, ids and the files' own text, all models at once.
-    let size = |directory: &Path| {
-        let names = ["tokenizer.json", "vocab.json", "vocab.txt"];
-        let found = names.iter().find_map(|name| std::fs::metadata(directory.join(name)).ok());
-        found.map_or(0, |metadata| metadata.len())
-    };
-    let read: u64 = donors.iter().filter_map(|donor| donor.directory).map(size).sum::<u64>() + size(&files.directory);
     inputs.files = OutputFiles {
         vocabulary_bytes: VOCABULARY_FACTOR * read,
         tokenizer_directory: Some(files.directory),
@@ -364,7 +389,8 @@ fn permute(
     inputs: &mut Inputs,
 ) -> Result<usize, Error> {
     let mut sources: Vec<(SourceId, ModelPath)> = Vec::new();
-    let named = inputs.models.iter().map(|input| input.source).zip(section.models.iter().map(|entry| &entry.model));
+    let named =
+        inputs.models.iter().map(|input| input.source).zip(section.models.iter().map(|entry| &entry.model));
     for (source, path) in named.chain(inputs.base.into_iter().zip(&section.base_model)) {
         if !sources.iter().any(|(known, _)| *known == source) {
             sources.push((source, path.clone()));

@@ -18,7 +18,11 @@ pub(super) fn metadata_bytes(inputs: &Inputs) -> u64 {
     let statistics: u64 =
         inputs.models.iter().filter_map(|m| m.statistics.as_ref()).map(|s| s.header_bytes()).sum();
     let files = inputs.files.changed.iter().map(|(_, bytes)| bytes.len() as u64).sum::<u64>();
-    PROGRAM_BYTES + METADATA_FACTOR * (checkpoints + statistics) + rows + files + inputs.files.vocabulary_bytes
+    PROGRAM_BYTES
+        + METADATA_FACTOR * (checkpoints + statistics)
+        + rows
+        + files
+        + inputs.files.vocabulary_bytes
 }
 
 pub(super) fn limits(args: &ResourceArgs) -> Result<Limits, Error> {

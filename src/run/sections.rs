@@ -44,7 +44,9 @@ pub(super) fn patch_layers(
             if new == named {
                 continue;
             }
-            let what = format!("has {new} layers now (it had {named}), and no key of config.json is known to count them");
+            let what = format!(
+                "has {new} layers now (it had {named}), and no key of config.json is known to count them"
+            );
             match assembly.module {
                 None => warnings.push(format!("slices: the output {what}: set it by hand")),
                 Some(module) => {
@@ -119,7 +121,8 @@ fn targets(config: &Value, module: Option<&str>, named: usize) -> Vec<(String, V
     };
     let name = module.rsplit('.').next().unwrap_or(module);
     // A module's own keys: `encoder_layers`, `num_decoder_layers`, `decoder_config: {num_layers}`.
-    let own: Vec<String> = [format!("{name}_layers"), format!("num_{name}_layers"), format!("n_{name}_layers")].into();
+    let own: Vec<String> =
+        [format!("{name}_layers"), format!("num_{name}_layers"), format!("n_{name}_layers")].into();
     let mut keys = counts(root, &own, true);
     if name == "encoder" {
         // T5 and Whisper state the encoder's under the plain names.
@@ -152,12 +155,7 @@ fn targets(config: &Value, module: Option<&str>, named: usize) -> Vec<(String, V
 }
 
 /// Lists with one entry a layer (`layer_types`), put together as the layers are.
-fn lists(
-    inputs: &Inputs,
-    assembly: &Assembly<'_>,
-    path: &str,
-    config: &mut Value,
-) -> Vec<(String, Value)> {
+fn lists(inputs: &Inputs, assembly: &Assembly<'_>, path: &str, config: &mut Value) -> Vec<(String, Value)> {
     let Some(reference) = object(config, path) else { return Vec::new() };
     let count = COUNTS.iter().find_map(|key| reference.get(*key)?.as_u64());
     let keys: Vec<(String, Vec<Value>)> = reference

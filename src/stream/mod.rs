@@ -272,7 +272,8 @@ impl Engine<'_> {
             for other in &others {
                 let Some(theirs) = find(*other) else { continue };
                 let same = theirs.dtype == meta.dtype
-                    && inputs.checkpoints[*other].read_stored(theirs, range.clone(), &mut other_scratch)? == bytes;
+                    && inputs.checkpoints[*other].read_stored(theirs, range.clone(), &mut other_scratch)?
+                        == bytes;
                 if !same && differs_in.is_none() {
                     differs_in = Some(inputs.names[*other].clone());
                 }

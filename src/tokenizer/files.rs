@@ -62,7 +62,10 @@ impl TokenizerFiles {
         let rows = output.rows().next_multiple_of(multiple.unwrap_or(1));
         let mut changed = Vec::new();
         if grown {
-            changed.push(("tokenizer.json".to_owned(), tokenizer_json(&directory.join("tokenizer.json"), output)?));
+            changed.push((
+                "tokenizer.json".to_owned(),
+                tokenizer_json(&directory.join("tokenizer.json"), output)?,
+            ));
             changed.extend(tokenizer_config(&directory, output)?);
         }
         Ok(Self { directory, changed, rows })
@@ -120,7 +123,10 @@ pub fn set_chat_template(
     };
     let Some(mut config) = config else { return Ok(false) };
     let Some(object) = config.as_object_mut() else {
-        return Err(TokenizerError::Malformed { path, detail: "got no JSON object, expected one".to_owned() });
+        return Err(TokenizerError::Malformed {
+            path,
+            detail: "got no JSON object, expected one".to_owned(),
+        });
     };
     object.insert("chat_template".to_owned(), template.into());
     let bytes = format!("{config:#}\n").into_bytes();
@@ -161,7 +167,8 @@ fn tokenizer_json(path: &Path, output: &Vocabulary) -> Result<Vec<u8>, Tokenizer
 /// `tokenizer_config.json` and `added_tokens.json`, where the source has them, with the tokens that were added.
 fn tokenizer_config(directory: &Path, output: &Vocabulary) -> Result<Vec<(String, Vec<u8>)>, TokenizerError> {
     let mut changed = Vec::new();
-    let mut push = |name: &str, value: &Value| changed.push((name.to_owned(), format!("{value:#}\n").into_bytes()));
+    let mut push =
+        |name: &str, value: &Value| changed.push((name.to_owned(), format!("{value:#}\n").into_bytes()));
     let config: Option<Value> = read_json(&directory.join("tokenizer_config.json"))?;
     if let Some(mut config) = config
         && let Some(decoder) = config.get_mut("added_tokens_decoder").and_then(Value::as_object_mut)

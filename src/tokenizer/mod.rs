@@ -47,7 +47,9 @@ pub enum TokenizerError {
         path: PathBuf,
     },
     /// No tokenizer where one is needed.
-    #[error("{model}: has no tokenizer (got none of tokenizer.json, vocab.json, vocab.txt, expected one as `{key}` names it)")]
+    #[error(
+        "{model}: has no tokenizer (got none of tokenizer.json, vocab.json, vocab.txt, expected one as `{key}` names it)"
+    )]
     Missing {
         /// The model as written.
         model: String,

@@ -38,7 +38,11 @@ pub fn permute(
         .iter()
         .zip(maps)
         .map(|((_, model), maps)| {
-            if maps.is_empty() { Arc::clone(model) } else { Arc::new(Model::with_rows(Arc::clone(model), maps)) }
+            if maps.is_empty() {
+                Arc::clone(model)
+            } else {
+                Arc::new(Model::with_rows(Arc::clone(model), maps))
+            }
         })
         .collect();
     Ok((permuted, tensors.len()))
@@ -151,9 +155,10 @@ impl<'t> Tensor<'t> {
             why,
         };
         let model = |wanted: &ModelPath| {
-            self.models.iter().position(|(_, path, ..)| path.same(wanted)).ok_or_else(|| {
-                error(format!("`{}` is no model with a `{}` here", wanted.written, self.name))
-            })
+            self.models
+                .iter()
+                .position(|(_, path, ..)| path.same(wanted))
+                .ok_or_else(|| error(format!("`{}` is no model with a `{}` here", wanted.written, self.name)))
         };
         let source = match rule.and_then(|rule| rule.source.as_ref()) {
             Some(EmbeddingSource::Zero) => return Ok(RowSource::Zero),

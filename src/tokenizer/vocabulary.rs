@@ -47,7 +47,15 @@ fn yes() -> bool {
 impl AddedToken {
     /// As `add_tokens` makes it of a string.
     pub fn plain(id: u32, content: String) -> Self {
-        Self { id, content, single_word: false, lstrip: false, rstrip: false, normalized: true, special: false }
+        Self {
+            id,
+            content,
+            single_word: false,
+            lstrip: false,
+            rstrip: false,
+            normalized: true,
+            special: false,
+        }
     }
 
     /// The form of `added_tokens_decoder`, where the id is the key.
@@ -156,7 +164,9 @@ impl Vocabulary {
                     }
                     None => {
                         return match SENTENCEPIECE.iter().find(|name| directory.join(name).exists()) {
-                            Some(name) => Err(TokenizerError::SentencePieceOnly { path: directory.join(name) }),
+                            Some(name) => {
+                                Err(TokenizerError::SentencePieceOnly { path: directory.join(name) })
+                            }
                             None => Ok(None),
                         };
                     }
@@ -267,12 +277,21 @@ mod tests {
         ] {
             let vocabulary = read(files).expect("valid").expect("there");
             assert_eq!((vocabulary.fast, vocabulary.rows()), (fast, rows), "{files:?}");
-            assert_eq!((vocabulary.id("a"), vocabulary.id("b"), vocabulary.id("c")), (Some(0), Some(1), None));
+            assert_eq!(
+                (vocabulary.id("a"), vocabulary.id("b"), vocabulary.id("c")),
+                (Some(0), Some(1), None)
+            );
         }
         assert_eq!(read(&[]).expect("no error"), None);
         let lone = read(&[("tokenizer.model", "")]).expect_err("not readable");
         assert!(matches!(lone, TokenizerError::SentencePieceOnly { .. }), "{lone}");
-        for bad in ["[]", "{}", r#"{"model": {"vocab": 3}}"#, r#"{"model": {"vocab": {}}}"#, "{\"model\": {\"vocab\": {\"a\": -1}}}"] {
+        for bad in [
+            "[]",
+            "{}",
+            r#"{"model": {"vocab": 3}}"#,
+            r#"{"model": {"vocab": {}}}"#,
+            "{\"model\": {\"vocab\": {\"a\": -1}}}",
+        ] {
             read(&[("tokenizer.json", bad)]).expect_err(bad);
         }
         read(&[("tokenizer.json", r#"{"model": {"vocab": {"a": 4000000000}}}"#)]).expect_err("a huge id");

@@ -143,7 +143,9 @@ impl Adapter {
         let weights = path.join(WEIGHTS_FILE);
         if fs::symlink_metadata(&weights).is_err() {
             let detail = if path.join(PICKLED_FILE).exists() {
-                format!("got pickled weights (`{PICKLED_FILE}`), expected {WEIGHTS_FILE}; save it as safetensors first")
+                format!(
+                    "got pickled weights (`{PICKLED_FILE}`), expected {WEIGHTS_FILE}; save it as safetensors first"
+                )
             } else {
                 format!("got no {WEIGHTS_FILE}, expected one beside {CONFIG_FILE}")
             };
@@ -217,7 +219,9 @@ impl Adapter {
                 }
             };
             if slot.replace(meta.clone()).is_some() {
-                return Err(error("its module has two factors of this side (several adapters in one file?)".to_owned()));
+                return Err(error(
+                    "its module has two factors of this side (several adapters in one file?)".to_owned(),
+                ));
             }
         }
 
@@ -233,7 +237,10 @@ impl Adapter {
             };
             let (Some(a), Some(b)) = (&factors.a, &factors.b) else {
                 let half = factors.a.as_ref().or(factors.b.as_ref());
-                return Err(error(half, "its other factor is missing (expected lora_A and lora_B)".to_owned()));
+                return Err(error(
+                    half,
+                    "its other factor is missing (expected lora_A and lora_B)".to_owned(),
+                ));
             };
             let wanted = format!("{module}.weight");
             let Some(stored) = names.stored(&wanted) else {
@@ -256,7 +263,11 @@ impl Adapter {
             if !weight.dtype.is_float() {
                 return Err(error(
                     Some(a),
-                    format!("changes `{}`, which has dtype {}; dequantise the checkpoint first", escaped(&stored), weight.dtype),
+                    format!(
+                        "changes `{}`, which has dtype {}; dequantise the checkpoint first",
+                        escaped(&stored),
+                        weight.dtype
+                    ),
                 ));
             }
             let (rank, input) = flattened(a);
@@ -463,7 +474,9 @@ impl Reader<'_> {
         // PiSSA and its like move the weights that the adapter is relative to.
         match self.map.get("init_lora_weights") {
             None | Some(Value::Null | Value::Bool(_)) => Ok(()),
-            Some(Value::String(word)) if matches!(word.as_str(), "gaussian" | "eva" | "orthogonal" | "true" | "false") => {
+            Some(Value::String(word))
+                if matches!(word.as_str(), "gaussian" | "eva" | "orthogonal" | "true" | "false") =>
+            {
                 Ok(())
             }
             Some(other) => refuse(format!(
@@ -474,7 +487,10 @@ impl Reader<'_> {
     }
 
     fn wrong(&self, key: &str, expected: &'static str) -> AdapterError {
-        let got = self.map.get(key).map_or_else(|| "nothing".to_owned(), |value| format!("`{}`", escaped(&value.to_string())));
+        let got = self
+            .map
+            .get(key)
+            .map_or_else(|| "nothing".to_owned(), |value| format!("`{}`", escaped(&value.to_string())));
         AdapterError::Config { path: self.path.to_owned(), key: key.to_owned(), got, expected }
     }
 
@@ -523,8 +539,10 @@ mod tests {
 
     #[test]
     fn patterns_match_the_end_of_a_module_as_in_peft() {
-        let patterns =
-            vec![(Pattern::new("q_proj").expect("valid"), 1.0), (Pattern::new(r"layers\.1\..*").expect("valid"), 2.0)];
+        let patterns = vec![
+            (Pattern::new("q_proj").expect("valid"), 1.0),
+            (Pattern::new(r"layers\.1\..*").expect("valid"), 2.0),
+        ];
         let find = |module| Pattern::find(&patterns, module);
         assert_eq!(find("model.layers.0.self_attn.q_proj"), Some(1.0));
         assert_eq!(find("q_proj"), Some(1.0));

@@ -164,7 +164,12 @@ mod tests {
 
     #[test]
     fn modules_are_found_by_name() {
-        let names = ["model.encoder.layers.0.w", "model.encoder.norm.w", "model.decoder.encoder_attn.w", "encoders.w"];
+        let names = [
+            "model.encoder.layers.0.w",
+            "model.encoder.norm.w",
+            "model.decoder.encoder_attn.w",
+            "encoders.w",
+        ];
         let found = |module| module_prefixes(names.iter().copied(), module).into_iter().collect::<Vec<_>>();
         assert_eq!(found("encoder"), ["model.encoder."]);
         assert_eq!(found("decoder"), ["model.decoder."]);
@@ -172,6 +177,9 @@ mod tests {
         assert_eq!(found("model.encoder"), ["model.encoder."]);
         assert!(found("text_decoder").is_empty() && found("").is_empty());
         let (stacks, count) = stacks(names.iter().copied(), "model.");
-        assert_eq!((stacks.into_iter().collect::<Vec<_>>(), count), (vec!["model.encoder.layers".to_owned()], 1));
+        assert_eq!(
+            (stacks.into_iter().collect::<Vec<_>>(), count),
+            (vec!["model.encoder.layers".to_owned()], 1)
+        );
     }
 }

@@ -69,8 +69,7 @@ impl Model {
                 model.added.push(name.clone());
             }
             let meta = TensorMeta { name: name.clone(), ..stored.clone() };
-            let kind =
-                Kind::Adapted { replaced: change.replaced.clone(), low_rank: change.low_rank.clone() };
+            let kind = Kind::Adapted { replaced: change.replaced.clone(), low_rank: change.low_rank.clone() };
             model.changed.insert(name.clone(), Changed { meta, kind, held: Mutex::default() });
         }
         model.adapter = Some(adapter);
@@ -127,9 +126,7 @@ impl Model {
         };
         let added = self.added.iter().filter_map(|name| self.get(name));
         Box::new(
-            below
-                .map(|meta| self.changed.get(&meta.name).map_or(meta, |changed| &changed.meta))
-                .chain(added),
+            below.map(|meta| self.changed.get(&meta.name).map_or(meta, |changed| &changed.meta)).chain(added),
         )
     }
 
@@ -195,7 +192,10 @@ impl Model {
                 None => vec![(&*self.checkpoint, meta)],
             },
             Some(Kind::Adapted { replaced, low_rank }) => {
-                let mut parts = vec![self.stored(&meta.name, replaced.as_ref())].into_iter().flatten().collect::<Vec<_>>();
+                let mut parts = vec![self.stored(&meta.name, replaced.as_ref())]
+                    .into_iter()
+                    .flatten()
+                    .collect::<Vec<_>>();
                 if let (Some(low), Some(adapter)) = (low_rank, &self.adapter) {
                     parts.extend([(adapter.checkpoint(), &low.a), (adapter.checkpoint(), &low.b)]);
                 }
@@ -411,7 +411,7 @@ impl Model {
                     if rows.len() > 1 {
                         let divisor = T::from_f64(rows.len() as f64);
                         for out in &mut *part {
-                            *out = *out / divisor;
+                            *out /= divisor;
                         }
                     }
                 }
@@ -491,11 +491,11 @@ fn add_product<T: Real>(
                     let l = T::from_f64(f64::from(*l));
                     let right = &right[k * columns + column..][..len];
                     for (sum, r) in sums.iter_mut().zip(right) {
-                        *sum = *sum + l * T::from_f64(f64::from(*r));
+                        *sum += l * T::from_f64(f64::from(*r));
                     }
                 }
                 for (out, sum) in out.iter_mut().zip(&*sums) {
-                    *out = *out + scale * *sum;
+                    *out += scale * *sum;
                 }
             },
         );

@@ -32,7 +32,8 @@ fn product(a: &Tensor, b: &Tensor, scale: f64) -> Vec<f64> {
     let mut out = vec![0.0; rows * columns];
     for i in 0..rows {
         for j in 0..columns {
-            out[i * columns + j] = scale * (0..rank).map(|k| b[i * rank + k] * a[k * columns + j]).sum::<f64>();
+            out[i * columns + j] =
+                scale * (0..rank).map(|k| b[i * rank + k] * a[k * columns + j]).sum::<f64>();
         }
     }
     out
@@ -86,7 +87,8 @@ impl World {
             config[key] = value.clone();
         }
         self.scratch.write(format!("{name}/adapter_config.json"), config.to_string());
-        self.scratch.write(format!("{name}/adapter_model.safetensors"), crate::util::safetensors(tensors, &[]));
+        self.scratch
+            .write(format!("{name}/adapter_model.safetensors"), crate::util::safetensors(tensors, &[]));
     }
 
     fn config(adapter: &str) -> String {
@@ -116,9 +118,14 @@ fn an_adapter_is_added_to_its_base() {
         }
         assert_eq!(merged.values("model.norm.weight"), world.base("model.norm.weight"));
         // The same bytes by reads and one thread, and for the mapping's form.
-        let other = world.scratch.merge(&World::config(name), &format!("{name}-1"), &["--threads", "1", "--io", "pread"]);
+        let other = world.scratch.merge(
+            &World::config(name),
+            &format!("{name}-1"),
+            &["--threads", "1", "--io", "pread"],
+        );
         assert_eq!(merged.tensors, other.tensors);
-        let form = format!("merge_method: linear\nmodels: [{{model: {{model: {{path: base}}, lora: {name}}}}}]\n");
+        let form =
+            format!("merge_method: linear\nmodels: [{{model: {{model: {{path: base}}, lora: {name}}}}}]\n");
         assert_eq!(merged.tensors, world.scratch.merge(&form, &format!("{name}-2"), &[]).tensors);
     }
 }
@@ -179,12 +186,16 @@ fn weights_stored_as_in_times_out() {
         matrix(&format!("{prefix}.wte.lora_embedding_B"), IN, RANK, &mut random),
     ];
     scratch.model("base", &base);
-    let config = |turned: bool| format!(r#"{{"peft_type": "LORA", "r": {RANK}, "lora_alpha": {RANK}, "fan_in_fan_out": {turned}}}"#);
+    let config = |turned: bool| {
+        format!(r#"{{"peft_type": "LORA", "r": {RANK}, "lora_alpha": {RANK}, "fan_in_fan_out": {turned}}}"#)
+    };
     scratch.write("l/adapter_config.json", config(true));
     scratch.write("l/adapter_model.safetensors", crate::util::safetensors(&f, &[]));
     let merged = scratch.merge(&World::config("l"), "out", &[]);
     for (k, (name, columns)) in
-        [("h.0.attn.c_attn.weight", IN), ("h.0.attn.c_proj.weight", IN), ("wte.weight", 9)].into_iter().enumerate()
+        [("h.0.attn.c_attn.weight", IN), ("h.0.attn.c_proj.weight", IN), ("wte.weight", 9)]
+            .into_iter()
+            .enumerate()
     {
         let delta = transposed(&product(&f[2 * k], &f[2 * k + 1], 1.0), columns);
         close(&merged.values(name), &added(&base[k].values(), &delta));
@@ -199,7 +210,8 @@ fn saved_modules_stand_in_for_the_bases() {
     let world = World::new();
     let mut random = Random::new(2);
     let mut tensors = world.factors.clone();
-    let norm = Tensor::random("base_model.model.model.norm.modules_to_save.weight", "F32", &[IN], &mut random);
+    let norm =
+        Tensor::random("base_model.model.model.norm.modules_to_save.weight", "F32", &[IN], &mut random);
     tensors.push(norm.clone());
     world.adapter("saved", &tensors, json!({"modules_to_save": ["norm"]}));
     let merged = world.scratch.merge(&World::config("saved"), "out", &[]);
@@ -228,7 +240,11 @@ fn what_is_no_plain_adapter_is_refused_by_name() {
     let renamed = |from: &str, to: &str| -> Vec<Tensor> {
         f.iter().map(|t| t.renamed(&t.name.replace(from, to))).collect()
     };
-    refuse(&renamed("q_proj", "k_proj"), json!({}), &["changes `model.layers.0.self_attn.k_proj.weight`, which", "lacks"]);
+    refuse(
+        &renamed("q_proj", "k_proj"),
+        json!({}),
+        &["changes `model.layers.0.self_attn.k_proj.weight`, which", "lacks"],
+    );
     refuse(&renamed("lora_B.weight", "lora_magnitude_vector"), json!({}), &["DoRA"]);
     refuse(&renamed("lora_A.weight", "hada_w1_a"), json!({}), &["hada_"]);
     let wide = Tensor::f32(&f[0].name, &[RANK, IN + 1], &[0.5; RANK * (IN + 1)]);

@@ -10,8 +10,11 @@ const ROWS: usize = 6;
 const COLUMNS: usize = 4;
 
 /// Names of one layer, with their shapes: out ≠ in.
-const LAYER: [(&str, &[usize]); 3] =
-    [("self_attn.q_proj.weight", &[ROWS, COLUMNS]), ("mlp.up_proj.weight", &[COLUMNS, ROWS]), ("norm.weight", &[COLUMNS])];
+const LAYER: [(&str, &[usize]); 3] = [
+    ("self_attn.q_proj.weight", &[ROWS, COLUMNS]),
+    ("mlp.up_proj.weight", &[COLUMNS, ROWS]),
+    ("norm.weight", &[COLUMNS]),
+];
 
 /// A little Llama of `layers` layers.
 fn llama(layers: usize, random: &mut Random) -> Vec<Tensor> {
@@ -70,11 +73,24 @@ fn layers_are_stacked_bit_for_bit() {
     let world = World::new();
     let merged = world.scratch.merge(STACK, "out", &[]);
     assert_eq!(layers(&merged), 7);
-    let from = [(&world.a, 0), (&world.a, 1), (&world.a, 2), (&world.b, 1), (&world.b, 2), (&world.b, 3), (&world.a, 2)];
+    let from = [
+        (&world.a, 0),
+        (&world.a, 1),
+        (&world.a, 2),
+        (&world.b, 1),
+        (&world.b, 2),
+        (&world.b, 3),
+        (&world.a, 2),
+    ];
     for (layer, (tensors, source)) in from.into_iter().enumerate() {
         for (name, _) in LAYER {
-            let stored = tensors.iter().find(|t| t.name == format!("model.layers.{source}.{name}")).expect("there");
-            assert_eq!(merged.tensor(&format!("model.layers.{layer}.{name}")).bytes, stored.bytes, "{layer} {name}");
+            let stored =
+                tensors.iter().find(|t| t.name == format!("model.layers.{source}.{name}")).expect("there");
+            assert_eq!(
+                merged.tensor(&format!("model.layers.{layer}.{name}")).bytes,
+                stored.bytes,
+                "{layer} {name}"
+            );
         }
     }
     // What stands before the layers is the first slice's, what stands after them the last one's: both are a's.
@@ -86,7 +102,8 @@ fn layers_are_stacked_bit_for_bit() {
     assert_eq!(config["layer_types"], json!(["full", "full", "full", "b1", "b2", "b3", "full"]));
     assert_eq!(config["max_window_layers"], 4, "no count of layers");
     // The same bytes whatever the threads and the way of reading.
-    let other = world.scratch.merge(STACK, "other", &["--threads", "1", "--io", "pread", "--out-shard-size", "300"]);
+    let other =
+        world.scratch.merge(STACK, "other", &["--threads", "1", "--io", "pread", "--out-shard-size", "300"]);
     assert_eq!(merged.tensors, other.tensors);
 }
 
@@ -135,7 +152,9 @@ fn gradients_run_over_the_layers_of_each_slice() {
     };
     for (layer, attention, mlp) in [(0, 0.0, 1.0), (1, 0.5, 0.5), (2, 1.0, 0.0)] {
         let name = |part: &str| format!("model.layers.{layer}.{part}");
-        for (part, weight) in [("self_attn.q_proj.weight", attention), ("mlp.up_proj.weight", mlp), ("norm.weight", 0.25)] {
+        for (part, weight) in
+            [("self_attn.q_proj.weight", attention), ("mlp.up_proj.weight", mlp), ("norm.weight", 0.25)]
+        {
             check(&name(part), &name(part), &name(part), weight);
         }
     }
@@ -165,7 +184,9 @@ fn one_model_may_give_several_layers_of_a_slice() {
 #[test]
 fn slices_that_a_model_does_not_have_are_refused() {
     let world = World::new();
-    let one = |range: &str| format!("merge_method: passthrough\nslices:\n- sources: [{{model: a, layer_range: {range}}}]\n");
+    let one = |range: &str| {
+        format!("merge_method: passthrough\nslices:\n- sources: [{{model: a, layer_range: {range}}}]\n")
+    };
     world.scratch.refuse_unread(&one("[2, 5]"), &[":3: slices: `a` has 4 layers (got layer_range [2, 5])"]);
     let mut random = Random::new(3);
     let stacks: Vec<Tensor> = ["encoder.block.0.w", "decoder.block.0.w"]
@@ -184,7 +205,12 @@ fn two_modules(random: &mut Random) -> Vec<Tensor> {
     let mut tensors = vec![Tensor::random("shared.weight", "F32", &[8, 3], random)];
     for stack in ["encoder", "decoder"] {
         for layer in 0..3 {
-            tensors.push(Tensor::random(&format!("{stack}.block.{layer}.layer.0.q.weight"), "F32", &[4, 3], random));
+            tensors.push(Tensor::random(
+                &format!("{stack}.block.{layer}.layer.0.q.weight"),
+                "F32",
+                &[4, 3],
+                random,
+            ));
         }
         tensors.push(Tensor::random(&format!("{stack}.final_layer_norm.weight"), "F32", &[3], random));
     }
@@ -224,7 +250,11 @@ fn modules_are_merged_each_in_its_own_way() {
 
     scratch.refuse_unread(
         "merge_method: linear\nmodules: {text_decoder: {models: [{model: a}]}}\n",
-        &["modules.text_decoder", "`a` has no tensors below a part of that name", "`decoder`, `encoder`, `shared`"],
+        &[
+            "modules.text_decoder",
+            "`a` has no tensors below a part of that name",
+            "`decoder`, `encoder`, `shared`",
+        ],
     );
     scratch.write("a/config.json", "{}");
     scratch.refuse_unread(config, &["modules.decoder", "has 5 layers now (it had 3)", "config.json"]);

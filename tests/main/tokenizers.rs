@@ -39,8 +39,12 @@ fn model(scratch: &Scratch, number: usize, count: usize, tokens: &[(&str, u32)],
             Tensor::f32(HEAD, &[count, WIDTH], &head),
         ],
     );
-    scratch.write(format!("{name}/config.json"), json!({"vocab_size": count, "num_hidden_layers": 1}).to_string());
-    let vocab: serde_json::Map<String, Value> = tokens.iter().map(|(t, id)| ((*t).to_owned(), json!(id))).collect();
+    scratch.write(
+        format!("{name}/config.json"),
+        json!({"vocab_size": count, "num_hidden_layers": 1}).to_string(),
+    );
+    let vocab: serde_json::Map<String, Value> =
+        tokens.iter().map(|(t, id)| ((*t).to_owned(), json!(id))).collect();
     let entry = |(token, id): &(&str, u32)| {
         json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
                "special": true})
@@ -53,7 +57,8 @@ fn model(scratch: &Scratch, number: usize, count: usize, tokens: &[(&str, u32)],
     scratch.write(format!("{name}/tokenizer.json"), tokenizer.to_string());
     let decoder: serde_json::Map<String, Value> =
         added.iter().map(|(t, id)| (id.to_string(), json!({"content": t}))).collect();
-    let config = json!({"added_tokens_decoder": decoder, "chat_template": format!("{{{{ m{} }}}}", number.min(1))});
+    let config =
+        json!({"added_tokens_decoder": decoder, "chat_template": format!("{{{{ m{} }}}}", number.min(1))});
     scratch.write(format!("{name}/tokenizer_config.json"), config.to_string());
 }
 
@@ -82,8 +87,10 @@ fn check(merged: &Merged, expected: &[Vec<f64>]) {
     let flat: Vec<f64> = expected.concat();
     assert_eq!(merged.values(EMBEDDING), flat, "embedding");
     // Every row of the head is the embedding's plus 0.5, but for rows of zeros.
-    let head: Vec<f64> =
-        expected.iter().flat_map(|row| row.iter().map(|v| if row[0] == 0.0 && row[1] == 0.0 { 0.0 } else { v + 0.5 })).collect();
+    let head: Vec<f64> = expected
+        .iter()
+        .flat_map(|row| row.iter().map(|v| if row[0] == 0.0 && row[1] == 0.0 { 0.0 } else { v + 0.5 }))
+        .collect();
     if !expected.iter().any(|row| row[0] == 0.0 && row[1] == 0.0) {
         assert_eq!(merged.values(HEAD), head, "head");
     }
@@ -117,7 +124,10 @@ fn the_union_has_the_bases_ids_and_what_the_others_have_beyond_it() {
         .collect();
     assert_eq!(added, [(2, "<s>", true), (3, "c", false), (4, "ab", false), (5, "<t>", true)]);
     assert_eq!(tokenizer["model"]["vocab"], json!({"a": 0, "b": 1}));
-    assert_eq!((&tokenizer["model"]["merges"], &tokenizer["normalizer"]["type"]), (&json!([["a", "b"]]), &json!("NFC")));
+    assert_eq!(
+        (&tokenizer["model"]["merges"], &tokenizer["normalizer"]["type"]),
+        (&json!([["a", "b"]]), &json!("NFC"))
+    );
     let decoder = &json_file(&merged, "tokenizer_config.json")["added_tokens_decoder"];
     assert_eq!(decoder["5"]["content"], "<t>");
     assert_eq!(decoder.as_object().expect("an object").len(), 4);
@@ -198,15 +208,24 @@ fn chat_templates_by_name_by_text_and_by_majority() {
         ("exaone", "[|endofturn|]"),
     ] {
         let out = format!("out-{}", written.len());
-        let merged = scratch.merge(&config([1, 1, 1], &format!("tokenizer_source: union\nchat_template: {written}")), &out, &[]);
+        let merged = scratch.merge(
+            &config([1, 1, 1], &format!("tokenizer_source: union\nchat_template: {written}")),
+            &out,
+            &[],
+        );
         let template = json_file(&merged, "tokenizer_config.json")["chat_template"].clone();
         assert!(template.as_str().is_some_and(|t| t.contains(expected)), "{written}: {template}");
         assert!(!merged.directory.join("chat_template.jinja").exists(), "it would overrule the new one");
         fs::remove_dir_all(&merged.directory).expect("remove");
     }
     // Without a tokenizer block the reference's files are the ones.
-    let merged = scratch.merge("merge_method: linear\nchat_template: chatml\nmodels: [{model: m2}]\n", "plain", &[]);
-    assert!(json_file(&merged, "tokenizer_config.json")["chat_template"].as_str().is_some_and(|t| t.contains("im_start")));
+    let merged =
+        scratch.merge("merge_method: linear\nchat_template: chatml\nmodels: [{model: m2}]\n", "plain", &[]);
+    assert!(
+        json_file(&merged, "tokenizer_config.json")["chat_template"]
+            .as_str()
+            .is_some_and(|t| t.contains("im_start"))
+    );
 }
 
 #[test]

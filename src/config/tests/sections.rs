@@ -37,11 +37,13 @@ fn configs_published_with_mergekit_parse_unchanged() {
 
 #[test]
 fn a_source_stands_before_its_slice_its_module_and_the_config() {
-    let config = ok("merge_method: task_arithmetic\nbase_model: base\nparameters: {weight: 1, lambda: 0.5, normalize: true}\n\
+    let config = ok(
+        "merge_method: task_arithmetic\nbase_model: base\nparameters: {weight: 1, lambda: 0.5, normalize: true}\n\
         modules:\n  encoder:\n    parameters: {weight: 2, lambda: 0.25}\n    slices:\n      \
         - sources:\n          - {model: a, layer_range: [0, 2], parameters: {weight: [{filter: q, value: 4}]}}\n          \
         - {model: b, layer_range: [0, 2]}\n        parameters: {weight: [{filter: k, value: 3}]}\n  \
-        decoder: {models: [{model: a}, {model: b, parameters: {weight: 5}}]}\n");
+        decoder: {models: [{model: a}, {model: b, parameters: {weight: 5}}]}\n",
+    );
     let [encoder, decoder] = &config.sections[..] else { panic!("two modules") };
     let round = &encoder.config.round;
     for (model, name, weight) in [(0, "q", 4.0), (0, "k", 3.0), (0, "v", 2.0), (1, "q", 2.0), (1, "k", 3.0)] {
@@ -49,7 +51,10 @@ fn a_source_stands_before_its_slice_its_module_and_the_config() {
     }
     assert_eq!((round.lambda("q", 0.0), round.normalize("q", 0.0)), (0.25, true));
     let round = &decoder.config.round;
-    assert_eq!((round.weight(0, "q", 0.0), round.weight(1, "q", 0.0), round.lambda("q", 0.0)), (1.0, 5.0, 0.5));
+    assert_eq!(
+        (round.weight(0, "q", 0.0), round.weight(1, "q", 0.0), round.lambda("q", 0.0)),
+        (1.0, 5.0, 0.5)
+    );
     assert_eq!((encoder.module.as_deref(), decoder.layers.as_ref()), (Some("encoder"), None));
     // The base is no source, but all sources take the same layers.
     assert_eq!(encoder.layers.as_ref().expect("a slice").base, Some(0..2));
@@ -85,7 +90,10 @@ fn tokenizers_are_read_in_every_form() {
         <|im_start|>: {source: b, force: true}\n    a: {source: {kind: zero}}\n    \
         b: {source: {kind: model_token, model: a, token: x}}\n    c: {source: {kind: model_token, model: a, token_id: 7}}\n    \
         d: {source: {model: {path: a}}}\n    e:");
-    assert_eq!((full.source, full.pad_to_multiple_of, full.tokens.len()), (TokenizerSource::Base, Some(64), 6));
+    assert_eq!(
+        (full.source, full.pad_to_multiple_of, full.tokens.len()),
+        (TokenizerSource::Base, Some(64), 6)
+    );
     let rule = |k: usize| &full.tokens[k].1;
     assert!(rule(0).force && matches!(&rule(0).source, Some(EmbeddingSource::Model(m)) if m.written == "b"));
     assert_eq!(rule(1).source, Some(EmbeddingSource::Zero));

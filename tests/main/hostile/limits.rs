@@ -88,11 +88,17 @@ fn b30_many_shards_with_few_descriptors() {
 fn b31_a_tensor_larger_than_the_budget() {
     let scratch = Scratch::new();
     let (rows, columns) = (40_960, 1024);
-    let value = |seed: u32| (0..rows * columns).map(move |k: u32| f32::from((k.wrapping_mul(seed) >> 16) as u16)).map(f64::from);
+    let value = |seed: u32| {
+        (0..rows * columns).map(move |k: u32| f32::from((k.wrapping_mul(seed) >> 16) as u16)).map(f64::from)
+    };
     for (name, seed) in [("a", 2_654_435_761), ("b", 40_503)] {
         let bytes: Vec<u8> = value(seed).flat_map(|v| (v as f32).to_le_bytes()).collect();
-        let tensor =
-            Tensor { name: "big.weight".to_owned(), dtype: "F32", shape: vec![rows as usize, columns as usize], bytes };
+        let tensor = Tensor {
+            name: "big.weight".to_owned(),
+            dtype: "F32",
+            shape: vec![rows as usize, columns as usize],
+            bytes,
+        };
         scratch.write(format!("{name}/model.safetensors"), safetensors(&[tensor], &[]));
     }
     // 160 MiB in a budget of 40 MiB.
@@ -112,7 +118,8 @@ fn b31_a_tensor_larger_than_the_budget() {
 fn b32_integers_that_differ() {
     let scratch = Scratch::new();
     for (name, ids) in [("a", [0.0, 1.0, 2.0]), ("b", [0.0, 1.0, 3.0])] {
-        scratch.model(name, &[Tensor::f32("w", &[1], &[1.0]), Tensor::new("position_ids", "I64", &[3], &ids)]);
+        scratch
+            .model(name, &[Tensor::f32("w", &[1], &[1.0]), Tensor::new("position_ids", "I64", &[3], &ids)]);
     }
     for (base, last) in [("a", 2_i64), ("b", 3)] {
         let config = format!("{LINEAR}base_model: {base}\n");
@@ -123,7 +130,8 @@ fn b32_integers_that_differ() {
         assert!(told.contains("has other values in"), "{told}");
     }
     // Also where another model's tensor has another dtype.
-    scratch.model("b", &[Tensor::f32("w", &[1], &[1.0]), Tensor::f32("position_ids", &[3], &[0.0, 1.0, 2.0])]);
+    scratch
+        .model("b", &[Tensor::f32("w", &[1], &[1.0]), Tensor::f32("position_ids", &[3], &[0.0, 1.0, 2.0])]);
     let output = scratch.try_merge(&format!("{LINEAR}base_model: a\n"), "mixed", &[]);
     assert_eq!(output.code, 2);
     assert!(error_line(&output).contains("position_ids"));
