@@ -67,4 +67,6 @@ pub mod run;
 pub mod solve;
 pub mod statistics;
 pub mod stream;
+pub mod tokenizer;
+pub mod view;
 pub mod write;

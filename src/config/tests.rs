@@ -1,6 +1,7 @@
 //! Tests of the configuration as a whole: what is read and what it means.
 
 mod refusals;
+mod sections;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -66,7 +67,7 @@ fn the_contracts_example() {
     );
     assert_eq!((config.dtype, config.out_dtype), (Some(OutDtype::Float32), Some(OutDtype::Bfloat16)));
     assert_eq!(config.output_dtype(), Some(OutDtype::Bfloat16));
-    assert_eq!(config.tokenizer_source.as_deref(), Some("base"));
+    assert_eq!(config.tokenizer.as_ref().map(|tokenizer| &tokenizer.source), Some(&TokenizerSource::Base));
 
     let round = &config.round;
     assert_eq!(
@@ -340,6 +341,7 @@ merge_method: mats
         "\
 mats-stream-config/1
 output_dtype = bfloat16
+tokenizer.source = base
 base_model = \"models/base\"
 models[0].model = \"models/paws\"
 models[0].statistics = \"stats/paws.safetensors\"

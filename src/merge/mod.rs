@@ -24,7 +24,7 @@ mod two_term;
 
 pub use direct::DirectMemory;
 pub use elementwise::{PIECE, merge_elementwise};
-pub use inputs::{Inputs, ModelInput, SourceId, Tally};
+pub use inputs::{Inputs, ModelInput, OutputFiles, SourceId, Tally};
 pub use iterative::{BlockContext, IterativeMemory, SolveDetail, SolveOutcome};
 pub(crate) use kfac::{apply_flops, kronecker_kind, rotates};
 pub use pieces::MOST_BYTES as SHARED_PIECE_BYTES;

@@ -37,12 +37,12 @@ impl SweepPlan {
         if let Some(first) = variants.first() {
             // A plan without a bound tells what another one takes.
             let unbound = Limits { max_memory: u64::MAX, ..limits };
-            let plan = MergePlan::of(&first.config, inputs, &alignment, unbound, metadata, true)?;
+            let plan = MergePlan::of_variant(&first.config, inputs, &alignment, unbound, metadata)?;
             extra = budget::sweep_bytes(&plan, variants.len());
         }
         let mut plans = variants
             .iter()
-            .map(|v| MergePlan::of(&v.config, inputs, &alignment, limits, metadata + extra, true))
+            .map(|v| MergePlan::of_variant(&v.config, inputs, &alignment, limits, metadata + extra))
             .collect::<Result<Vec<_>, _>>()?;
         let blocks = plans.first().map_or(0, |plan| plan.blocks.len());
         let memory: Vec<u64> =

@@ -6,6 +6,7 @@ mod merge;
 mod record;
 mod report;
 mod resources;
+mod sections;
 mod sweep;
 
 use std::io::{self, Write};

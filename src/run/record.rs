@@ -14,6 +14,7 @@ use crate::report::{
     RunReport, RunSettings, UnmergedRecord, anonymous_bytes, peak_rss_bytes,
 };
 use crate::stream::BlockReport;
+use crate::tokenizer::is_tokenizer_file;
 use crate::write::{SideFile, copy_side_files, patch_config, torch_dtype_name};
 
 /// Every file that the run reads.
@@ -39,11 +40,23 @@ pub(super) fn side_files(
             .find(|b| matches!(b.action, Action::Merge { .. }))
             .and_then(|b| torch_dtype_name(b.dtype.name()))
     });
-    let tie = (!inputs.tied.is_empty()).then_some(false);
-    if let Some(patched) = reference.config().and_then(|c| patch_config(c, dtype, tie)) {
-        files.retain(|f| f.name != "config.json");
-        files.push(SideFile::json("config.json", &patched));
+    let untied = !inputs.tied.is_empty() || inputs.sections.iter().any(|section| !section.tied.is_empty());
+    let tie = untied.then_some(false);
+    let changed = &inputs.files;
+    if let Some(model) = changed.model_config.as_ref().or(reference.config()) {
+        let patched = patch_config(model, dtype, tie);
+        if let Some(patched) = patched.as_ref().or(changed.model_config.as_ref()) {
+            files.retain(|f| f.name != "config.json");
+            files.push(SideFile::json("config.json", patched));
+        }
     }
+    if let Some(directory) = &changed.tokenizer_directory {
+        files.retain(|f| !is_tokenizer_file(&f.name));
+        files.extend(copy_side_files(directory)?.into_iter().filter(|f| is_tokenizer_file(&f.name)));
+    }
+    files.retain(|f| !changed.dropped.contains(&f.name.as_str()));
+    files.retain(|f| changed.changed.iter().all(|(name, _)| *name != f.name));
+    files.extend(changed.changed.iter().map(|(name, bytes)| SideFile::new(name.clone(), bytes.clone())));
     files.retain(|f| f.name != "README.md" && f.name != "merge_config.yml");
     files.push(SideFile::new("README.md", card(config, plan)));
     files.push(SideFile::new("merge_config.yml", config.text.clone()));
@@ -207,10 +220,9 @@ pub(super) fn config_hash(config: &MergeConfig) -> String {
 }
 
 fn input_records(config: &MergeConfig, inputs: &Inputs) -> Vec<InputRecord> {
-    let record = |path: String, files: &[InputFile]| InputRecord {
+    let record = |path: String, files: &mut dyn Iterator<Item = &InputFile>| InputRecord {
         path,
         files: files
-            .iter()
             .map(|file| InputFileRecord {
                 name: file.path().file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
                 bytes: file.fingerprint().len,
@@ -220,10 +232,10 @@ fn input_records(config: &MergeConfig, inputs: &Inputs) -> Vec<InputRecord> {
             .collect(),
     };
     let checkpoints =
-        inputs.checkpoints.iter().zip(&inputs.names).map(|(c, name)| record(name.clone(), c.files()));
+        inputs.checkpoints.iter().zip(&inputs.names).map(|(c, name)| record(name.clone(), &mut c.files()));
     let statistics = inputs.models.iter().zip(&config.models).filter_map(|(input, entry)| {
         let statistics = input.statistics.as_ref()?;
-        Some(record(format!("{} (statistics)", entry.model.written), statistics.files()))
+        Some(record(format!("{} (statistics)", entry.model.written), &mut statistics.files().iter()))
     });
     checkpoints.chain(statistics).collect()
 }

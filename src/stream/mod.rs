@@ -250,7 +250,7 @@ impl Engine<'_> {
             let block = &self.plans[0].blocks[*index];
             self.progress.block_started(&block.name);
             let found = self.block(*index, threading, unit.blocks.len() > 1, &mut shared, sink)?;
-            prefetch::release(self.inputs, block, self.drop_cache);
+            prefetch::release(self.inputs.of_section(block.section), block, self.drop_cache);
             self.position.advance(block.read_bytes);
             let read: u64 = found.iter().map(|report| report.bytes_read).sum();
             self.progress.bytes(read + block.write_bytes * found.len() as u64);
@@ -329,7 +329,7 @@ impl Engine<'_> {
         sink: &sink::Sink<'_>,
         tally: &Tally,
     ) -> Result<Option<String>, MergeError> {
-        let inputs = self.inputs;
+        let inputs = self.inputs.of_section(block.section);
         let find = |source| inputs.tensor(source, &block.name);
         let meta = find(source).expect("the plan copies a tensor from a checkpoint that has it");
         let others: Vec<usize> = if block.dtype.is_float() {
@@ -344,13 +344,14 @@ impl Engine<'_> {
                 return Err(MergeError::Cancelled);
             }
             let range = first..(first + COPY_BYTES).min(meta.bytes);
-            let bytes = inputs.checkpoints[source].read(meta, range.clone(), &mut scratch)?;
+            let bytes = inputs.checkpoints[source].read_stored(meta, range.clone(), &mut scratch)?;
             tally.add(range.end - range.start);
             sink.write_bytes(outputs, index, first, bytes)?;
             for other in &others {
                 let Some(theirs) = find(*other) else { continue };
                 let same = theirs.dtype == meta.dtype
-                    && inputs.checkpoints[*other].read(theirs, range.clone(), &mut other_scratch)? == bytes;
+                    && inputs.checkpoints[*other].read_stored(theirs, range.clone(), &mut other_scratch)?
+                        == bytes;
                 if !same && differs_in.is_none() {
                     differs_in = Some(inputs.names[*other].clone());
                 }
@@ -386,7 +387,7 @@ impl Engine<'_> {
             self.progress.iteration(&block.name, step.iteration as u64, step.relative_residual);
         };
         let context = BlockContext {
-            inputs: self.inputs,
+            inputs: self.inputs.of_section(block.section),
             tensor: &block.name,
             shape: block.block,
             threading,

@@ -1,7 +1,7 @@
 //! Readahead in the order of the plan, a bounded distance ahead of the blocks that run.
 
 use std::ops::Range;
-use std::sync::{Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 
 use crate::merge::{Inputs, statistics_keys};
 use crate::plan::{Action, BlockPlan, MergePlan};
@@ -102,17 +102,19 @@ fn parts<'i>(inputs: &'i Inputs, block: &BlockPlan) -> Vec<Part<'i>> {
     sources.sort_unstable();
     sources.dedup();
     for source in sources {
-        let meta = inputs.tensor(source, &block.name);
-        parts.extend(meta.map(|meta| Part::Tensor(&inputs.checkpoints[source], meta)));
+        if let Some(meta) = inputs.tensor(source, &block.name) {
+            let stored = inputs.checkpoints[source].parts(meta);
+            parts.extend(stored.into_iter().map(|(checkpoint, meta)| Part::Tensor(checkpoint, meta)));
+        }
     }
     parts
 }
 
 /// Asks the system for the inputs of every block in turn, at most `window` bytes ahead.
-pub(super) fn run(plan: &MergePlan, inputs: &Inputs, position: &Position, window: u64) {
+pub(super) fn run(plan: &MergePlan, inputs: &Arc<Inputs>, position: &Position, window: u64) {
     let mut asked = 0;
     for block in plan.units.iter().flat_map(|u| &u.blocks).map(|k| &plan.blocks[*k]) {
-        let parts = parts(inputs, block);
+        let parts = parts(inputs.of_section(block.section), block);
         // Round robin: elementwise merges read all models in step.
         let longest = parts.iter().map(Part::bytes).max().unwrap_or(0);
         for first in (0..longest).step_by(STEP as usize) {
@@ -135,5 +137,10 @@ pub(super) fn run(plan: &MergePlan, inputs: &Inputs, position: &Position, window
 pub(super) fn release(inputs: &Inputs, block: &BlockPlan, drop_cache: bool) {
     for part in parts(inputs, block) {
         part.release(drop_cache);
+    }
+    for (k, view) in inputs.checkpoints.iter().enumerate() {
+        if let Some(meta) = inputs.tensor(k, &block.name) {
+            view.release(meta);
+        }
     }
 }

@@ -5,6 +5,7 @@
 
 mod checkpoints;
 mod index;
+mod limits;
 mod output;
 mod statistics;
 mod values;

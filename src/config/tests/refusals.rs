@@ -21,7 +21,7 @@ fn refusals() {
             mats("subspase: kfac"),
             "3: subspase: unknown key (expected one of merge_method, models, base_model, \
              parameters, dtype, out_dtype, subspace, initial, solver, unmatched, \
-             tokenizer_source, sweep, name); did you mean `subspace`?",
+             tokenizer_source, sweep, name, slices, modules, tokenizer, chat_template); did you mean `subspace`?",
         ),
         (
             mats("subspace: kfca"),
@@ -59,7 +59,7 @@ fn refusals() {
         (
             "merge_method: fischer\nmodels: []".into(),
             "1: merge_method: unknown value `fischer` (expected one of linear, task_arithmetic, \
-             fisher, regmean, wudi, actmat, mats); did you mean `fisher`?",
+             passthrough, fisher, regmean, wudi, actmat, mats); did you mean `fisher`?",
         ),
         (
             "merge_method: linear\nmodels: [{modle: a}]".into(),
@@ -78,13 +78,13 @@ fn refusals() {
             linear("normalize: true"),
             "3: normalize: unknown key (expected one of merge_method, models, base_model, \
              parameters, dtype, out_dtype, subspace, initial, solver, unmatched, \
-             tokenizer_source, sweep, name); it belongs under `parameters`",
+             tokenizer_source, sweep, name, slices, modules, tokenizer, chat_template); it belongs under `parameters`",
         ),
         (
             mats("ridge: 1"),
             "3: ridge: unknown key (expected one of merge_method, models, base_model, \
              parameters, dtype, out_dtype, subspace, initial, solver, unmatched, \
-             tokenizer_source, sweep, name); it belongs under `solver`",
+             tokenizer_source, sweep, name, slices, modules, tokenizer, chat_template); it belongs under `solver`",
         ),
         (
             "merge_method: linear\nmodels: [{model: a, weight: 1}]".into(),
@@ -131,35 +131,6 @@ fn refusals() {
             "merge_method: ties\nmodels: []".into(),
             "1: merge_method: `ties` is not supported in this version; choose one of linear, \
              task_arithmetic, fisher, regmean, wudi, actmat, mats",
-        ),
-        (
-            "merge_method: slerp\nslices: []".into(),
-            "2: slices: `slices` is not supported in this version; list whole models under \
-             `models`",
-        ),
-        (
-            linear("chat_template: auto"),
-            "3: chat_template: `chat_template` is not supported in this version; the base's \
-             tokenizer files are copied",
-        ),
-        (
-            linear("tokenizer: {source: union}"),
-            "3: tokenizer: `tokenizer` is not supported in this version; the base's tokenizer \
-             files are copied",
-        ),
-        (
-            linear("tokenizer_source: union"),
-            "3: tokenizer_source: `union` is not supported in this version; `base` copies the \
-             base's tokenizer",
-        ),
-        (
-            "merge_method: linear\nmodels: [{model: a+lora}]".into(),
-            "2: models[0].model: `a+lora` is not supported in this version; merge the adapter \
-             after `+` into its base first",
-        ),
-        (
-            "merge_method: linear\nmodels: [{model: {path: a}}]".into(),
-            "2: models[0].model: expected the path of a checkpoint as a string, got a mapping",
         ),
         (
             "merge_method: linear\n---\nmodels: []".into(),
@@ -321,7 +292,7 @@ fn refusals() {
             linear("\"bad\\nkey\\u001b[31m\": 1"),
             "3: bad\\nkey\\u{1b}[31m: unknown key (expected one of merge_method, models, \
              base_model, parameters, dtype, out_dtype, subspace, initial, solver, unmatched, \
-             tokenizer_source, sweep, name)",
+             tokenizer_source, sweep, name, slices, modules, tokenizer, chat_template)",
         ),
     ];
     let mut wrong = String::new();
