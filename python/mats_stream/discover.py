@@ -197,12 +197,13 @@ class Discovery:
         weight, bias = module._parameters["weight"], module._parameters.get("bias")
         layout = layout_of(module)
         assert weight is not None and layout is not None
-        if id(weight) in self.site_of:  # tied: one site, several modules
-            site = self.site_of[id(weight)]
-            if module not in site.modules:
-                site.modules.append(module)
-            if bias is not None and id(bias) not in self.taken:
-                self._bias_site(name, module, layout, bias)
+        tied = len(self.users[id(weight)]) > 1
+        if tied and bias is not None:
+            # Not every module of a tied weight has the same bias.
+            self._bias(name, module, layout, bias)
+            bias = None
+        if id(weight) in self.site_of:
+            self.site_of[id(weight)].modules.append(module)
             return
         weight_name = self.first_name[id(weight)]
         if id(weight) in self.taken and id(weight) not in self.tables:
@@ -220,7 +221,9 @@ class Discovery:
             if not target.kinds:
                 target = None
         bias_target = None
-        if bias is not None and id(bias) not in self.taken:
+        if bias is not None and len(self.users[id(bias)]) > 1:
+            self._bias(name, module, layout, bias)
+        elif bias is not None:
             bias_target = self._wanted(self.first_name[id(bias)], bias, self._vector_kinds(bias))
         if target is None and bias_target is None:
             return
@@ -229,11 +232,16 @@ class Discovery:
         self.site_of[id(weight)] = site
         self.found.sites.append(site)
 
-    def _bias_site(self, name: str, module: nn.Module, layout: Layout, bias: nn.Parameter) -> None:
+    def _bias(self, name: str, module: nn.Module, layout: Layout, bias: nn.Parameter) -> None:
+        """The bias alone, as a site of its own."""
+        if id(bias) in self.site_of:
+            self.site_of[id(bias)].modules.append(module)
+            return
         target = self._wanted(self.first_name[id(bias)], bias, self._vector_kinds(bias))
         if target is not None:
             site = ProductSite(*self._at(name, module), layout, None, target)
             site.modules = [module]
+            self.site_of[id(bias)] = site
             self.found.sites.append(site)
 
     def _attention(self, name: str, module: nn.MultiheadAttention) -> None:

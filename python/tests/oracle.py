@@ -94,6 +94,10 @@ def close(got, expected, tolerance, what):
     """|got - expected| ≤ tolerance · the largest |expected|."""
     got = np.asarray(got, dtype=np.float64)
     expected = np.asarray(expected, dtype=np.float64)
+    if any(part in what for part in NO_GRADIENT):
+        # Softmax does not see what all its scores have in common: these gradients are rounding alone.
+        assert np.abs(got).max() < 1e-12 and np.abs(expected).max() < 1e-12, what
+        return
     assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
     size = np.abs(expected).max() if expected.size else 0.0
     error = np.abs(got - expected).max() if expected.size else 0.0
@@ -123,6 +127,10 @@ def compare(statistics, model, batches, log_likelihood, tolerance, examples=None
               tolerance, key)
         compared += 1
     return compared
+
+
+# Biases of keys, of attention without rotary positions.
+NO_GRADIENT = ("attention.self.key.bias", "encoder.layers.0.self_attn.k_proj.bias", "encoder.layers.1.self_attn.k_proj.bias")
 
 
 class Classifier(nn.Module):
