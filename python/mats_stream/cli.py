@@ -67,6 +67,8 @@ def _load(classes: Any, args: argparse.Namespace) -> Any:
     import transformers
 
     dtype = "auto" if args.model_dtype == "auto" else getattr(torch, args.model_dtype)
+    if hasattr(transformers.utils.logging, "disable_progress_bar"):
+        transformers.utils.logging.disable_progress_bar()
     major = int(str(transformers.__version__).split(".")[0])
     try:
         model = classes.from_pretrained(args.model, **{"dtype" if major >= 5 else "torch_dtype": dtype})

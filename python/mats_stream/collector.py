@@ -104,8 +104,8 @@ def prepared(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, no weight with a gradient, no cache, no fused layers; afterwards as it was."""
     training = [(module, module.training) for module in model.modules()]
     needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    configs = [c for c in {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}.values()
-               if getattr(c, "use_cache", None) is True]
+    all_configs: Dict[int, Any] = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}
+    configs = [c for c in all_configs.values() if getattr(c, "use_cache", None) is True]
     undo: List[Callable[[], None]] = []
     try:
         model.eval()
@@ -304,9 +304,9 @@ class Collector:
             for site in called:
                 if not isinstance(site, ProductSite) or site.weight is None or not site.input_kinds():
                     continue
-                key = (site.layout_key(), site.stream, site.batch_dim, tuple(site.input_kinds()),
+                same = (site.layout_key(), site.stream, site.batch_dim, tuple(site.input_kinds()),
                        site.layout.in_features, tuple(order[site]))
-                owner = owners.setdefault(key, site)
+                owner = owners.setdefault(same, site)
                 if owner is not site:
                     site.shares = owner
         return called
@@ -366,7 +366,12 @@ def _fingerprint(model: nn.Module, first: Any, options: Options, metadata: Mappi
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 256)].double().cpu()
         digest.update(name.encode() + sample.numpy().tobytes())
-    _map(first, lambda x: (digest.update(x.detach().double().cpu().numpy().tobytes()), x)[1])
+
+    def add(x: Tensor) -> Tensor:
+        digest.update(x.detach().double().cpu().numpy().tobytes())
+        return x
+
+    _map(first, add)
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 from torch import nn
 
@@ -251,7 +251,7 @@ class Discovery:
 
         def add(projection: str, weight: Optional[nn.Parameter], bias: Optional[nn.Parameter], rows: int, columns: int,
                 see: Sequence[str]) -> None:
-            targets = []
+            targets: List[Optional[Target]] = []
             for attribute, parameter, allowed in (("weight", weight, set(_MATRIX_KINDS)),
                                                   ("bias", bias, None)):
                 if parameter is None or id(parameter) in self.taken:
@@ -279,7 +279,8 @@ class Discovery:
                 weight = getattr(module, f"{part}_proj_weight")
                 add(f"{part}_proj", weight, None, e, columns, [f"{part}_proj_weight"])
             add("in_proj", None, module.in_proj_bias, 3 * e, e, ["q_proj_weight", "k_proj_weight", "v_proj_weight"])
-        add("out_proj", module.out_proj.weight, module.out_proj.bias, e, e, ["out_proj.weight"])
+        out: Any = module.out_proj
+        add("out_proj", out.weight, out.bias, e, e, ["out_proj.weight"])
         self.found.attention.append((module, observers))
 
     def _peft_layer(self, name: str, module: nn.Module) -> None:
@@ -312,8 +313,8 @@ class Discovery:
             self.found.sites.append(site)
 
     def _embedding(self, name: str, module: nn.Embedding) -> None:
-        weight = module.weight
-        if id(weight) in self.taken:
+        weight = module._parameters["weight"]
+        if weight is None or id(weight) in self.taken:
             return
         target = self._wanted(self.first_name[id(weight)], weight, {K.FISHER_DIAGONAL})
         if not self.embeddings:

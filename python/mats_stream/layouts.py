@@ -6,7 +6,7 @@ A *layout* is the only thing that knows a module's class. What is stored is the 
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -47,22 +47,22 @@ class ConvolutionLayout(Layout):
 
     def input(self, x: Tensor) -> Tensor:
         """`[B, C, *space]` → `[B, positions, C·kernel]`; of groups `[B, positions, groups·(C/groups)·kernel]`."""
-        module = self.module
-        dims = len(module.kernel_size)  # type: ignore[arg-type]
+        module: Any = self.module
+        dims = len(module.kernel_size)
         if x.dim() == dims + 1:
             x = x[None]
-        pad = list(module._reversed_padding_repeated_twice)  # type: ignore[arg-type]
+        pad = list(module._reversed_padding_repeated_twice)
         if any(pad):
             mode = str(module.padding_mode)
             x = F.pad(x, pad, mode="constant" if mode == "zeros" else mode)
         kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
         if dims == 1:
-            x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)  # type: ignore[misc]
+            x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
         if dims <= 2:
             # Columns come out as channel × kernel, which is the order of the weight.
-            return F.unfold(x, kernel, dilation, 0, stride).transpose(1, 2)  # type: ignore[arg-type]
+            return F.unfold(x, kernel, dilation, 0, stride).transpose(1, 2)
         for axis in range(dims):
-            x = x.unfold(2 + axis, kernel[axis], stride[axis])  # type: ignore[index]
+            x = x.unfold(2 + axis, kernel[axis], stride[axis])
         x = x.movedim(1, 1 + dims)  # [B, *positions, C, *kernel]
         return x.reshape(x.shape[0], -1, self.in_features * self.groups)
 

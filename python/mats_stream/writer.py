@@ -41,7 +41,7 @@ def as_bytes(piece: Tensor) -> memoryview:
     if piece.dtype in (torch.bfloat16, torch.float16):
         piece = piece.view(torch.int16)
     array = piece.numpy()
-    return memoryview(array.astype(array.dtype.newbyteorder("<"), copy=False)).cast("B")
+    return memoryview(array.astype(array.dtype.newbyteorder("<"), copy=False)).cast("B")  # type: ignore[arg-type]
 
 
 class Sink:

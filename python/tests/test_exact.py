@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from oracle import Classifier, brute_force, class_likelihood, close, compare, examples_of, text_batches
 from torch import nn
 from torch.nn import functional as F
 
 from mats_stream import CollectError, collect
-from oracle import Classifier, class_likelihood, compare, examples_of, brute_force, close, text_batches
 
 ALL = ["input_gram", "output_gram", "fisher_diagonal", "fisher_block"]
 # f64 sums in another order, stored in f64.

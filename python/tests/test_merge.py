@@ -11,10 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import (
+    bert,
+    class_batches,
+    clip_vision,
+    gpt2,
+    image_batches,
+    image_log_likelihood,
+    llama,
+    lm_batches,
+    seq2seq_batches,
+    t5,
+)
 
 from mats_stream import Statistics, cli, collect
-from tiny import (bert, class_batches, clip_vision, gpt2, image_batches, image_log_likelihood, llama, lm_batches,
-                  seq2seq_batches, t5)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -160,6 +170,7 @@ def test_command(tmp_path, family, capsys):
 
 def test_command_refuses(tmp_path, capsys):
     saved(bert(), tmp_path / "model")
+    capsys.readouterr()
     data = jsonl(tmp_path / "data.jsonl", [{"text": "a", "label": 0}])
 
     def refused(text, *more, model=tmp_path / "model", file=data, task="classification", out=tmp_path / "s.safetensors"):

@@ -2,11 +2,22 @@
 
 import pytest
 import torch
+from oracle import brute_force, class_likelihood, close, compare, examples_of, lm_likelihood
+from tiny import (
+    bart,
+    bert,
+    class_batches,
+    clip_vision,
+    gpt2,
+    image_batches,
+    image_log_likelihood,
+    llama,
+    lm_batches,
+    seq2seq_batches,
+    t5,
+)
 
 from mats_stream import collect
-from oracle import brute_force, class_likelihood, close, compare, examples_of, lm_likelihood
-from tiny import (bart, bert, class_batches, clip_vision, gpt2, image_batches, image_log_likelihood, llama, lm_batches,
-                  seq2seq_batches, t5)
 
 ALL = ["input_gram", "output_gram", "fisher_diagonal", "fisher_block"]
 # Models of transformers compute some parts in f32 whatever their dtype (norms, rotary tables).

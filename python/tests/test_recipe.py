@@ -7,12 +7,12 @@ by the number of encoder or decoder tokens, Fishers by the number of examples.
 import re
 
 import torch
+from oracle import close, examples_of
+from tiny import seq2seq_batches, t5
 from torch import nn
 from torch.nn import functional as F
 
 from mats_stream import collect
-from oracle import close, examples_of
-from tiny import seq2seq_batches, t5
 
 ENCODER = re.compile(r".*encoder.*|.*decoder.*EncDecAttention.(k|v).*")
 

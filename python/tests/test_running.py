@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from oracle import Classifier, close, text_batches
 from torch import nn
 
 from mats_stream import CollectError, Sampler, Statistics, collect, log_likelihood
 from mats_stream.memory import parse_size
-from oracle import Classifier, close, text_batches
 
 ALL = ["input_gram", "output_gram", "input_mean", "fisher_diagonal", "fisher_block"]
 
