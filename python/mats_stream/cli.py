@@ -27,9 +27,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", required=True, metavar="FILE", help="examples, JSON lines")
     p.add_argument("--task", required=True, choices=TASKS)
     p.add_argument("--out", required=True, metavar="FILE", help="the statistics file to write")
-    p.add_argument("--kinds", default="input_gram,output_gram", metavar="LIST", help=f"of {', '.join(K.KINDS)} (default: %(default)s)")
+    p.add_argument("--kinds", default="input_gram,output_gram", metavar="LIST",
+                   help=f"of {', '.join(K.KINDS)} (default: %(default)s)")
     p.add_argument("--examples", type=int, default=1000, metavar="N", help="the first N of the file (default: %(default)s)")
-    p.add_argument("--fisher", choices=("empirical", "true"), default="empirical", help="labels of the data, or drawn from the model")
+    p.add_argument("--fisher", choices=("empirical", "true"), default="empirical",
+                   help="labels of the data, or drawn from the model")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawn labels")
     p.add_argument("--modules", action="append", metavar="REGEX", help="only parameters whose name has this; may be repeated")
     p.add_argument("--exclude", action="append", metavar="REGEX", help="not those whose name has this; may be repeated")
@@ -49,10 +51,12 @@ def parser() -> argparse.ArgumentParser:
                    help="parameters without a batched form too, one example at a time: slow")
     p.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="padded tokens of a batch (default: %(default)s)")
     p.add_argument("--max-length", type=int, default=512, metavar="N", help="longer examples are cut (default: %(default)s)")
-    p.add_argument("--max-memory", metavar="SIZE", help="anonymous memory of the process, such as 8GiB: sums are split over passes")
+    p.add_argument("--max-memory", metavar="SIZE",
+                   help="anonymous memory of the process, such as 8GiB: sums are split over passes")
     p.add_argument("--modules-per-pass", type=int, metavar="N", help="no more modules in one pass")
     p.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    p.add_argument("--field", action="append", default=[], metavar="OURS=THEIRS", help="a field's name in FILE, such as text=sentence")
+    p.add_argument("--field", action="append", default=[], metavar="OURS=THEIRS",
+                   help="a field's name in FILE, such as text=sentence")
     p.add_argument("--tokenizer", metavar="DIR", help="if not in MODEL")
     p.add_argument("--model-dtype", choices=("float32", "bfloat16", "float16", "auto"), default="float32", help="to run the model in")
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")

@@ -148,7 +148,6 @@ class Collector:
         self.first: Optional[Any] = None
         self.rest: Optional[Iterator[Any]] = None
         self.one_shot = False
-        self.largest_input = 0
 
     # --- batches -----------------------------------------------------------------------------------------------------
 
@@ -227,7 +226,8 @@ class Collector:
         recorder.masks, recorder.examples = masks, step.examples
         recorder.inputs.clear()
         recorder.remaining = None
-        if not gradient and recorder.seen is None:
+        # Modules that are called several times may be called more often in another batch: then all of it is run.
+        if not gradient and recorder.seen is None and all(site.calls_a_step == 1 for site in sites):
             recorder.remaining = sum(site.calls_a_step for site in sites)
         recorder.active = True
         likelihoods: Optional[Tensor] = None
@@ -286,9 +286,8 @@ class Collector:
         finally:
             recorder.seen = None
         order: Dict[Site, List[Tuple[int, int]]] = {}
-        for site, x, version in seen:
-            order.setdefault(site, []).append((id(x), version))
-            self.largest_input = max(self.largest_input, x.numel() * 4)
+        for site, tensor, version in seen:
+            order.setdefault(site, []).append((tensor, version))
         called = list(order)
         for site in found.sites:
             if isinstance(site, AffineSite) and site.unfit is not None:
@@ -507,7 +506,7 @@ def _run(collector: Collector, found: Found, share: bool, single_examples: bool,
         gradient = any(site.needs_gradient() for site in sites)
         needed = collector.activations([site for site in sites if not isinstance(site, SingleSite)], gradient)
         limit = memory.parse_size(max_memory)
-        room = limit - needed - 2 * collector.largest_input - SLACK
+        room = limit - needed - 2 * recorder.largest_input - SLACK
         if room <= 0:
             raise CollectError(f"max_memory: the model and one batch hold {memory.show_size(needed)} of "
                                f"{memory.show_size(limit)}; give more, or smaller batches")
@@ -532,6 +531,9 @@ def _run(collector: Collector, found: Found, share: bool, single_examples: bool,
             sink.close()
         raise
     progress.end()
+    held = memory.peak()
+    if max_memory is not None and held is not None and held > memory.parse_size(max_memory):
+        progress.say(f"held {memory.show_size(held)}, more than max_memory: a batch was larger than the first")
     stated.update(notes)
     stated.update({"format": K.FORMAT, "fisher": options.fisher, "seed": str(options.seed),
                    "likelihood": options.likelihood, "weighting": options.weighting})

@@ -157,6 +157,9 @@ class Discovery:
         self.taken.add(id(parameter))
         file_name = self.names.file_name(name)
         kinds = self.kinds & allowed
+        if not parameter.is_floating_point():
+            self.found.left_out[file_name] = f"is stored as {parameter.dtype}"
+            return None
         if not kinds or not self.include(file_name) or self.exclude(file_name):
             return None
         parts = name.split(".")

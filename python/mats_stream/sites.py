@@ -44,9 +44,22 @@ class Recorder:
     dry: bool = False
     # Calls to come before the forward pass may end, where no gradient is needed.
     remaining: Optional[int] = None
-    # In the first step: which sites are called with which input.
-    seen: Optional[List[Tuple["Site", Any, int]]] = None
+    # In the first step: which sites are called, with which tensor, in which version of it.
+    seen: Optional[List[Tuple["Site", int, int]]] = None
+    largest_input: int = 0
+    _alive: Dict[int, Tuple[Any, int]] = field(default_factory=dict)
     inputs: Dict["Site", List[Any]] = field(default_factory=dict)
+
+    def note(self, site: "Site", x: Tensor) -> None:
+        """Notes a call in the first step. Tensors are told apart without being kept."""
+        assert self.seen is not None
+        site.calls_a_step += 1
+        self.largest_input = max(self.largest_input, x.numel() * 4)
+        alive = self._alive.get(id(x))
+        if alive is None or alive[0]() is not x:
+            alive = (weakref.ref(x), len(self.seen))
+            self._alive[id(x)] = alive
+        self.seen.append((site, alive[1], x._version))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -270,8 +283,7 @@ class ProductSite(Site):
         """One call: rows of `x` times the weight's output rows from `first` on are `y`."""
         recorder = self.recorder
         if recorder.seen is not None:
-            recorder.seen.append((self, x, x._version))
-            self.calls_a_step += 1
+            recorder.note(self, x)
         if not self.collecting:
             return y
         self._same_input(x)
@@ -398,8 +410,7 @@ class AffineSite(Site):
     def observe(self, x: Tensor, y: Tensor) -> Tensor:
         recorder = self.recorder
         if recorder.seen is not None:
-            self.calls_a_step += 1
-            recorder.seen.append((self, x, x._version))
+            recorder.note(self, x)
             self._check(x, y)
         if not self.collecting:
             return y
@@ -485,8 +496,7 @@ class EmbeddingSite(Site):
     def observe(self, ids: Tensor, y: Tensor) -> Tensor:
         recorder = self.recorder
         if recorder.seen is not None:
-            self.calls_a_step += 1
-            recorder.seen.append((self, ids, ids._version))
+            recorder.note(self, ids)
         if not self.collecting:
             return y
         y = self._await(y, Call(ids, ids._version, tuple(y.shape[:-1]), 0))
@@ -554,8 +564,7 @@ class ScaleSite(Site):
         recorder = self.recorder
         self._x = None
         if recorder.seen is not None:
-            self.calls_a_step += 1
-            recorder.seen.append((self, unscaled, unscaled._version))
+            recorder.note(self, unscaled)
         if not self.collecting:
             return scaled
         scaled = self._await(scaled, Call(unscaled.detach(), unscaled._version, tuple(scaled.shape), 0))
