@@ -11,6 +11,8 @@ from typing import Iterator, List, Optional, Tuple
 import torch
 from torch import Tensor
 
+# Rows of a Gram that are one product: little above the diagonal is computed, and products are still large ones.
+BLOCK = 256
 # Elements that are converted at a time when a sum is given out.
 PIECE = 1 << 20
 
@@ -49,7 +51,7 @@ def _flat(total: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 class Gram(Accumulator):
-    """Σ x xᵀ `[n, n]`: one product a batch, 2·R·n² flops. Packed, only the lower triangle is given out."""
+    """Σ x xᵀ `[n, n]`, of which only blocks of rows up to the diagonal are summed: R·n·(n + BLOCK) flops a batch."""
 
     def __init__(self, n: int, packed: bool) -> None:
         self.n, self.packed = n, packed
@@ -60,7 +62,9 @@ class Gram(Accumulator):
         rows = wide(rows)
         if self.total is None:
             self.total = torch.zeros(self.n, self.n, dtype=rows.dtype, device=rows.device)
-        self.total.addmm_(rows.t(), rows)
+        for start in range(0, self.n, BLOCK):
+            stop = min(start + BLOCK, self.n)
+            self.total[start:stop, :stop].addmm_(rows[:, start:stop].t(), rows[:, :stop])
 
     def bytes(self) -> int:
         return 4 * self.n * self.n
@@ -71,7 +75,7 @@ class Gram(Accumulator):
             total = torch.zeros(self.n, self.n)
         total /= max(count, 1.0)
         if not self.packed:
-            # Products of BLAS need not be symmetric to the last bit: the lower triangle is what counts.
+            # What lies above the diagonal was summed in part.
             for i in range(self.n):
                 total[i, i + 1 :] = total[i + 1 :, i]
             yield from _flat(total, dtype)

@@ -166,6 +166,12 @@ class Collector:
         if self.one_shot:
             self.rest = iterator
 
+    def first_inputs(self) -> Any:
+        """The first batch without its `example_ids`."""
+        if not hasattr(self.first, "items"):
+            return self.first
+        return {key: value for key, value in self.first.items() if key != "example_ids"}  # type: ignore[union-attr]
+
     def _prepare(self, raw: Any, next_id: int, room: Optional[int]) -> Step:
         batch = raw
         ids: Optional[List[int]] = None
@@ -278,7 +284,8 @@ class Collector:
     def probe(self, found: Found, share: bool) -> List[Site]:
         """Runs the first batch without gradients: sites in order of their first call, those with one input shared."""
         recorder = self.recorder
-        step = self._prepare(self.first, 0, self.options.examples)
+        # Two examples tell as much as all of the batch.
+        step = self._prepare(self.first, 0, min(2, self.options.examples or 2))
         recorder.seen = []
         try:
             self.run_step(step, found.sites, gradient=False)
@@ -503,10 +510,12 @@ def _run(collector: Collector, found: Found, share: bool, single_examples: bool,
 
     room: Optional[int] = None
     if max_memory is not None:
+        # Of the first batch's inputs the probe saw two examples'.
+        scale = -(-batch_size(collector.first_inputs()) // 2)
         gradient = any(site.needs_gradient() for site in sites)
         needed = collector.activations([site for site in sites if not isinstance(site, SingleSite)], gradient)
         limit = memory.parse_size(max_memory)
-        room = limit - needed - 2 * recorder.largest_input - SLACK
+        room = limit - needed - 2 * scale * recorder.largest_input - SLACK
         if room <= 0:
             raise CollectError(f"max_memory: the model and one batch hold {memory.show_size(needed)} of "
                                f"{memory.show_size(limit)}; give more, or smaller batches")

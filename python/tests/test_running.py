@@ -100,7 +100,7 @@ def test_a_loss_of_ones_own():
     same(collect(model, batches, loss, kinds=ALL), collect(model, batches, "classification", kinds=ALL))
     with pytest.raises(CollectError, match="sampler"):
         collect(model, batches, loss, kinds=ALL, fisher="true")
-    with pytest.raises(CollectError, match="one log-likelihood for each of 4 examples"):
+    with pytest.raises(CollectError, match="one log-likelihood for each of"):
         collect(model, batches, lambda model, batch: loss(model, batch).sum(), kinds=ALL)
 
     def sampled(model, batch, sampler: Sampler):
