@@ -51,10 +51,10 @@ pub(crate) struct Results {
 impl Results {
     /// Takes over the solves of one problem and prints them.
     pub fn add(&mut self, problem: &Problem, traces: Vec<Trace>) {
-        let mut ridges: Vec<f64> = traces.iter().map(|t| t.ridge).collect();
-        ridges.dedup();
-        ridges.sort_by(f64::total_cmp);
-        ridges.dedup();
+        // As asked for: the first contender met all of them in order.
+        let first = traces.first().map(|t| t.contender);
+        let ridges: Vec<f64> =
+            traces.iter().filter(|t| Some(t.contender) == first).map(|t| t.ridge).collect();
         for ridge in ridges {
             let traces: Vec<Trace> = traces.iter().filter(|t| t.ridge == ridge).cloned().collect();
             let group = Group {
