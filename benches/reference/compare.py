@@ -26,7 +26,7 @@ ROOT = HERE.parent.parent
 
 
 def run(command, environment=None):
-    """Wall seconds, largest resident set in bytes, and stdout."""
+    """Wall and processor seconds, largest resident set in bytes, and stdout."""
     with tempfile.TemporaryFile() as out:
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=out, env=environment)
@@ -36,7 +36,7 @@ def run(command, environment=None):
         if process.returncode:
             sys.exit(f"compare: `{' '.join(map(str, command))}` ended with {process.returncode}")
         out.seek(0)
-        return seconds, usage.ru_maxrss * 1024, out.read().decode()
+        return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, out.read().decode()
 
 
 def inputs(arguments):
@@ -93,22 +93,24 @@ def main():
                 arguments.binary, "merge", work / "merge.yml", "--out", out, "--threads", str(arguments.threads),
                 "--max-memory", arguments.max_memory, "--progress", "none",
             ]
-            seconds, rss, _ = run(merge)
+            seconds, processor, rss, _ = run(merge)
             report = json.loads((out / "merge_report.json").read_text())
             if ours is None or seconds < ours["seconds"]:
                 solved = [p for p in report["parameters"].values() if "iterations" in p]
                 ours = {
-                    "seconds": seconds, "peak_rss_bytes": rss, "out": str(out),
+                    "seconds": seconds, "processor_seconds": processor, "peak_rss_bytes": rss, "out": str(out),
                     "peak_anonymous_bytes": report.get("peak_anonymous_bytes"),
                     "parameters": len(solved), "iterations": sum(p["iterations"] for p in solved),
                     "setup_seconds": sum(p.get("setup", {}).get("seconds", 0.0) for p in solved),
                     "solve_seconds": sum(p.get("solve_seconds", 0.0) for p in solved),
                 }
-            seconds, rss, text = run(replay, environment)
+            seconds, processor, rss, text = run(replay, environment)
             if theirs is None or seconds < theirs["wall"]:
-                theirs = {**json.loads(text.splitlines()[-1]), "wall": seconds, "peak_rss_bytes": rss}
-        _, _, text = run(
-            [sys.executable, HERE / "objective.py", *given, ours["out"], work / "replay.safetensors"], environment
+                theirs = json.loads(text.splitlines()[-1])
+                theirs |= {"wall": seconds, "processor_seconds": processor, "peak_rss_bytes": rss}
+        *_, text = run(
+            [sys.executable, HERE / "objective.py", *given, "--checkpoints", ours["out"], work / "replay.safetensors"],
+            environment,
         )
     objective = json.loads(text)
     (ours["objective"], theirs["objective"]) = (c["objective"] / objective["parameters"] for c in objective["checkpoints"])
@@ -116,10 +118,10 @@ def main():
     mib = 1 << 20
     print(f"{len(models)} models, {ours['parameters']} parameters solved, {arguments.threads} threads, "
           f"best of {arguments.rounds}; objective relative to the average's, mean over parameters")
-    print(f"{'':<14} {'wall s':>9} {'peak rss MiB':>13} {'iterations':>11} {'objective':>11}")
-    print(f"{'mats-stream':<14} {ours['seconds']:>9.2f} {ours['peak_rss_bytes'] / mib:>13.0f} "
+    print(f"{'':<14} {'wall s':>9} {'processor s':>12} {'peak rss MiB':>13} {'iterations':>11} {'objective':>11}")
+    print(f"{'mats-stream':<14} {ours['seconds']:>9.2f} {ours['processor_seconds']:>12.2f} {ours['peak_rss_bytes'] / mib:>13.0f} "
           f"{ours['iterations'] / max(1, ours['parameters']):>11.1f} {ours['objective']:>11.6f}")
-    print(f"{'torch + scipy':<14} {theirs['wall']:>9.2f} {theirs['peak_rss_bytes'] / mib:>13.0f} "
+    print(f"{'torch + scipy':<14} {theirs['wall']:>9.2f} {theirs['processor_seconds']:>12.2f} {theirs['peak_rss_bytes'] / mib:>13.0f} "
           f"{theirs['iterations'] / max(1, theirs['parameters']):>11.1f} {theirs['objective']:>11.6f}")
     print(f"replay: load {theirs['load_seconds']:.2f} s, solve {theirs['solve_seconds']:.2f} s, save "
           f"{theirs['save_seconds']:.2f} s, {theirs['seconds']:.2f} s without starting Python")
@@ -127,7 +129,8 @@ def main():
     print(f"mats-stream: set-up {ours['setup_seconds']:.2f} s, iterations {ours['solve_seconds']:.2f} s"
           + (f", anonymous memory {anonymous / mib:.0f} MiB" if anonymous else ""))
     print(f"time, replay / mats-stream: {theirs['wall'] / ours['seconds']:.2f} "
-          f"({theirs['seconds'] / ours['seconds']:.2f} without starting Python)")
+          f"({theirs['seconds'] / ours['seconds']:.2f} without starting Python; "
+          f"{theirs['processor_seconds'] / ours['processor_seconds']:.2f} of processor time)")
     print(f"memory, mats-stream / replay: {ours['peak_rss_bytes'] / theirs['peak_rss_bytes']:.3f}"
           + (f" ({anonymous / theirs['peak_rss_bytes']:.3f} anonymous)" if anonymous else ""))
     lower = ours["objective"] <= theirs["objective"]

@@ -1,6 +1,6 @@
 """`sum_i <W - W_i, G_i (W - W_i) A_i>` of merged checkpoints, in float64 numpy, one parameter at a time.
 
-    objective.py --models M... --statistics S... CHECKPOINT...
+    objective.py --models M... --statistics S... --checkpoints C...
 
 Prints one line of JSON: for the plain average and for each checkpoint the sum over all parameters that have both Grams of
 all models, each divided by the average's, so that a layer with large gradients does not drown the others; `average` is
@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--models", nargs="+", required=True)
     parser.add_argument("--statistics", nargs="+", required=True)
     parser.add_argument("--parameters", type=int, default=0, help="only about so many, evenly spread; 0 for all")
-    parser.add_argument("checkpoints", nargs="*")
+    parser.add_argument("--checkpoints", nargs="+", required=True)
     arguments = parser.parse_args()
 
     models = [Checkpoint(path) for path in arguments.models]
