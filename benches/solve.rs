@@ -9,6 +9,8 @@
 // The table is what the program is for.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+#[path = "support/clock.rs"]
+mod clock;
 #[path = "support/contenders.rs"]
 mod contenders;
 #[path = "support/plot.rs"]
@@ -25,6 +27,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::Parser;
+use clock::Clock;
 use contenders::{Contender, Trace, Until};
 use mats_stream::operator::BlockShape;
 use problems::Problem;
@@ -79,6 +82,9 @@ struct Args {
     /// Leave these solvers out, by name; `kronecker` is needed for f*.
     #[arg(long, value_delimiter = ',')]
     without: Vec<String>,
+    /// What a second is.
+    #[arg(long, value_enum, default_value = "wall")]
+    clock: Clock,
     /// The table as comma-separated values.
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
@@ -129,6 +135,7 @@ fn measure(problem: &Problem, args: &Args) -> Result<Vec<Trace>, Box<dyn Error>>
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = Args::parse();
+    args.clock.choose();
     if args.test {
         args.ridges.truncate(2);
     }

@@ -1,7 +1,6 @@
 //! The solvers that `benches/solve.rs` compares, and what each reached after every matvec.
 
 use std::error::Error;
-use std::time::Instant;
 
 use mats_stream::kernel::Buffer;
 use mats_stream::operator::{Damped, Factor, LinearOperator, Workspace};
@@ -13,6 +12,7 @@ use mats_stream::solve::{
     conjugate_gradients,
 };
 
+use super::clock::now;
 use super::problems::{Problem, THREADING};
 
 /// What is made before the first step.
@@ -138,7 +138,7 @@ fn weighted(factors: &[Factor<f32>]) -> Vec<(f64, &Factor<f32>)> {
 
 impl Contender {
     pub fn bases(self, problem: &Problem) -> Result<Bases, Box<dyn Error>> {
-        let started = Instant::now();
+        let started = now();
         let (a, g) = (weighted(&problem.a), weighted(&problem.g));
         let sides = match self {
             Self::Plain | Self::Jacobi | Self::Applied(KroneckerKind::Cholesky) => None,
@@ -149,7 +149,7 @@ impl Contender {
                 Some((a?, g?))
             }
         };
-        Ok(Bases { sides, seconds: started.elapsed().as_secs_f64() })
+        Ok(Bases { sides, seconds: now() - started })
     }
 
     /// Solves for the displacement with a ridge, at most `limit` steps.
@@ -168,7 +168,7 @@ impl Contender {
         let mut r = Buffer::<f32>::zeroed(shape.elements());
         r.copy_from_slice(&problem.rhs);
         let mut t = Buffer::<f32>::zeroed(shape.elements());
-        let started = Instant::now();
+        let started = now();
         let sides = || bases.sides.clone().ok_or("this one has no bases");
         let mut rotated = None;
         let preconditioner: Box<dyn Preconditioner<f32>> = match self {
@@ -190,16 +190,16 @@ impl Contender {
                 Box::new(scaling)
             }
         };
-        let mut setup_seconds = bases.seconds + started.elapsed().as_secs_f64();
+        let mut setup_seconds = bases.seconds + now() - started;
         let system = rotated.as_ref().map_or(operator, Rotated::operator);
         let (steps, stop) =
             iterate(&Damped::new(system, shift), preconditioner.as_ref(), &mut r, until, limit)?;
         let cost = preconditioner.setup_cost();
         let mut setup_flops = cost.flops;
         if let Some(system) = &rotated {
-            let started = Instant::now();
+            let started = now();
             system.leave(&mut r, &mut t, THREADING);
-            setup_seconds += started.elapsed().as_secs_f64();
+            setup_seconds += now() - started;
             // There and back: four products.
             let (m, n) = (shape.out_features as f64, shape.in_features as f64);
             setup_flops += 4.0 * m * n * (m + n);
@@ -236,7 +236,7 @@ fn iterate(
         Any(vec![Box::new(until), Box::new(Stagnation::of::<f32>()), Box::new(MaxIterations(limit))]);
     let vectors = CgVectors { d: &mut d, r, p: &mut p, q: &mut q, z: &mut z };
     let mut steps = Vec::new();
-    let started = Instant::now();
+    let started = now();
     let outcome = conjugate_gradients(
         operator,
         preconditioner,
@@ -244,7 +244,7 @@ fn iterate(
         &start,
         &mut rule,
         &mut workspace,
-        &mut |step| steps.push((started.elapsed().as_secs_f64(), step.total_decrease)),
+        &mut |step| steps.push((now() - started, step.total_decrease)),
     )?;
     Ok((steps, outcome.stop))
 }
