@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use mats_stream::precond::cost;
+use mats_stream::precond::{KroneckerKind, cost};
 
 use super::RESOLUTION;
 use super::contenders::{Contender, Reached, Trace};
@@ -18,8 +18,8 @@ pub(crate) struct Group {
     pub in_features: usize,
     pub models: usize,
     pub ridge: f64,
-    /// Whether the engine would rotate.
-    pub rotates: bool,
+    /// What the engine takes where nothing is named.
+    pub preferred: &'static str,
     /// `f(average) - f*`.
     pub whole: f64,
     pub traces: Vec<Trace>,
@@ -63,7 +63,7 @@ impl Results {
                 in_features: problem.shape.in_features,
                 models: problem.models(),
                 ridge,
-                rotates: cost::rotates(problem.shape, problem.models(), 20),
+                preferred: preferred(problem),
                 whole: traces.iter().map(Trace::total).fold(0.0, f64::max),
                 traces,
             };
@@ -74,7 +74,7 @@ impl Results {
 
     pub fn csv(&self) -> String {
         let mut out = String::from(
-            "source,out,in,models,ridge,solver,engine_rotates,plain_gap,setup_seconds,setup_matvecs,step_matvecs,bytes",
+            "source,out,in,models,ridge,solver,preferred,plain_gap,setup_seconds,setup_matvecs,step_matvecs,bytes",
         );
         for gap in GAPS.iter().map(|g| format!("{g}")).chain(["plain".to_owned()]) {
             let _ = write!(out, ",matvecs_to_{gap},seconds_to_{gap},work_to_{gap}");
@@ -82,10 +82,10 @@ impl Results {
         out.push_str(",steps,stop\n");
         for group in &self.groups {
             for t in &group.traces {
-                let Group { source, out_features, in_features, models, ridge, rotates, .. } = group;
+                let Group { source, out_features, in_features, models, ridge, preferred, .. } = group;
                 let _ = write!(
                     out,
-                    "{source},{out_features},{in_features},{models},{ridge},{},{rotates},{},{:.5},{:.3},{:.3},{}",
+                    "{source},{out_features},{in_features},{models},{ridge},{},{preferred},{},{:.5},{:.3},{:.3},{}",
                     t.contender.name().replace(", ", " "),
                     group.plain_gap().map_or_else(String::new, |g| format!("{g:.3e}")),
                     t.setup_seconds,
@@ -129,6 +129,15 @@ impl Results {
     }
 }
 
+/// As the engine decides on shapes, with its default limit of steps.
+fn preferred(problem: &Problem) -> &'static str {
+    const LIMIT: usize = 20;
+    match cost::preferred(problem.shape, problem.models(), LIMIT) {
+        KroneckerKind::Eigen if cost::rotates(problem.shape, problem.models(), LIMIT) => "kronecker rotated",
+        kind => kind.name(),
+    }
+}
+
 pub(crate) fn head() {
     println!(
         "matvecs and seconds (set-up included) to a gap; `plain` is the gap of plain CG at its last step;"
@@ -141,13 +150,8 @@ pub(crate) fn head() {
 fn print(group: &Group) {
     let plain = group.plain_gap().map_or_else(String::new, |g| format!(", plain CG reaches {g:.1e}"));
     println!(
-        "\n{} [{}, {}], {} models, ridge {}{plain}{}",
-        group.source,
-        group.out_features,
-        group.in_features,
-        group.models,
-        group.ridge,
-        if group.rotates { ", engine rotates" } else { "" }
+        "\n{} [{}, {}], {} models, ridge {}{plain}; by default {}",
+        group.source, group.out_features, group.in_features, group.models, group.ridge, group.preferred
     );
     print!("{:<20} {:>9} {:>7}", "solver", "set-up s", "MiB");
     for gap in GAPS.iter().map(|g| format!("{g:.0e}")).chain(["plain".to_owned()]) {
