@@ -244,7 +244,7 @@ fn iterate(
         &start,
         &mut rule,
         &mut workspace,
-        &mut |step| steps.push((now() - started, step.total_decrease)),
+        &mut |step, _| steps.push((now() - started, step.total_decrease)),
     )?;
     Ok((steps, outcome.stop))
 }
