@@ -165,6 +165,7 @@ impl<T: Real> Out<'_, T> {
 }
 
 /// `dst ← [dst +] alpha · lhs · rhs` for `columns`, at most [`GROUP`] strips, on this thread.
+#[allow(clippy::too_many_arguments, reason = "one product, its panels and where they are packed")]
 fn block<T: Real>(
     kernel: &Kernel<T>,
     mut dst: Out<'_, T>,
