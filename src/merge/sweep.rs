@@ -180,15 +180,10 @@ fn closed_forms(
 ) -> Result<Vec<VariantRun>, MergeError> {
     let clock = Clock::start(context);
     let mut systems: Vec<Vec<(DiagonalSystem, f64)>> = Vec::with_capacity(variants.len());
+    let mut means = Vec::new();
     for variant in variants {
-        systems.push(
-            variant
-                .recipe
-                .solves
-                .iter()
-                .map(|solve| elementwise_system(context, solve))
-                .collect::<Result<_, _>>()?,
-        );
+        let solves = variant.recipe.solves.iter();
+        systems.push(solves.map(|solve| with_shift(context, solve, &mut means)).collect::<Result<_, _>>()?);
     }
     type Found = Vec<Vec<Vec<DiagonalOutcome>>>;
     let parts: Vec<Found> = for_tiles(context, tiles(context.shape.elements(), 4 * PIECE), |range| {
@@ -221,6 +216,28 @@ fn closed_forms(
         })
         .collect();
     Ok(clock.split(outcomes))
+}
+
+/// As `block::elementwise_system`; `means` has the mean diagonals of the systems before, by all but the ridge.
+fn with_shift(
+    context: &BlockContext<'_>,
+    solve: &Solve,
+    means: &mut Vec<(Solve, f64)>,
+) -> Result<(DiagonalSystem, f64), MergeError> {
+    let system = DiagonalSystem::new(context.inputs, solve, context.tensor);
+    if solve.ridge == 0.0 {
+        return Ok((system, 0.0));
+    }
+    let unridged = Solve { ridge: 0.0, ..solve.clone() };
+    let mean = match means.iter().find(|(known, _)| *known == unridged) {
+        Some((_, mean)) => *mean,
+        None => {
+            let mean = system.mean_diagonal(context.shape.elements(), context.tally)?;
+            means.push((unridged, mean));
+            mean
+        }
+    };
+    Ok((system, solve.ridge * mean))
 }
 
 /// The stages of each variant, if all variants are the same up to the parameters of their last solve.
@@ -458,7 +475,8 @@ fn iterative_variants(
         if found[v].is_some() {
             continue;
         }
-        shared.factors.begin_variants(&system_name(solve));
+        // Where one variant holds factors that another streams, neither pays for both.
+        shared.factors.begin_variants(&format!("{memory:?} {}", system_name(solve)));
         let group: Vec<usize> =
             (0..lasts.len()).filter(|w| found[*w].is_none() && one_run(solve, lasts[*w].0)).collect();
         for (w, outcome) in run_group(context, lasts, &group, memory, &x0, &mut d, shared, emit)? {

@@ -96,9 +96,9 @@ pub fn fit(
         let mut bytes = bytes(inputs, tensor, recipe, shape, &candidate.stages);
         if variant {
             bytes += match candidate.stages.last() {
-                // The rows' starting point.
+                // The rows' starting point, and while the next ridge is factored, their right-hand side and result.
                 Some(Stage::Direct(memory)) => {
-                    (memory.tile_rows.min(shape.out_features) * shape.in_features) as u64 * 8
+                    3 * (memory.tile_rows.min(shape.out_features) * shape.in_features) as u64 * 8
                 }
                 // The residual there.
                 Some(Stage::Iterative(_)) => shape.elements() as u64 * 4,

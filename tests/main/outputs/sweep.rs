@@ -281,12 +281,13 @@ fn elementwise_over_weights() {
         read_once(ratio);
     }
     let single = |r: &str| format!("solver: {{ ridge: {r} }}");
-    agree(
+    let ratio = agree(
         &world,
         "merge_method: fisher",
         "sweep: { solver.ridge: [0, 0.1, 1] }",
         &[("ridge=0", &single("0")), ("ridge=0.1", &single("0.1")), ("ridge=1", &single("1"))],
     );
+    read_once(ratio);
 }
 
 #[test]
