@@ -58,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--field", action="append", default=[], metavar="OURS=THEIRS",
                    help="a field's name in FILE, such as text=sentence")
     p.add_argument("--tokenizer", metavar="DIR", help="if not in MODEL")
-    p.add_argument("--model-dtype", choices=("float32", "bfloat16", "float16", "auto"), default="float32", help="to run the model in")
+    p.add_argument("--model-dtype", choices=("float32", "bfloat16", "float16", "auto"), default="float32",
+                   help="to run the model in")
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     p.add_argument("--threads", type=int, metavar="N", help="of torch")
     p.add_argument("--progress", choices=("auto", "plain", "none"), default="auto")

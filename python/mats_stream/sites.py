@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import kinds as K
 from .accumulate import Accumulator, Gram, Mean, Sketch, Squares
 from .errors import CollectError
-from .layouts import ConvolutionLayout, Layout, layout_of, per_example, started
+from .layouts import ConvolutionLayout, Layout, per_example, started
 from .tokens import TokenMasks
 
 
@@ -578,8 +578,3 @@ class ScaleSite(Site):
                 rows = rows.to(call.gradient) + self.split(call.gradient * call.x).sum(1)
         self._add_vectors(self.target, rows)
 
-
-__all__ = [
-    "AffineSite", "AllSeen", "Call", "EmbeddingSite", "Forms", "ProductSite", "Recorder", "ScaleSite", "Site", "Target",
-    "layout_of",
-]

@@ -106,13 +106,6 @@ class Statistics(Mapping[str, Tensor]):
             raise CollectError(f"{path}: metadata `format` is {metadata.get('format')!r}, expected `{K.FORMAT}`")
         return cls({}, metadata, path=Path(path))
 
-    def summary(self) -> Dict[str, Tuple[int, ...]]:
-        """Stored keys with their shapes."""
-        shapes: Dict[str, Tuple[int, ...]] = {}
-        for key in self._stored:
-            shapes[key] = tuple(self[key].shape)
-        return shapes
-
     def __repr__(self) -> str:
         counts: Dict[str, Any] = {}
         for key in self:

@@ -92,11 +92,6 @@ class TokenMasks:
             return f"module {name}", mask if mask is None else mask != 0
         return stream, self.masks[stream]
 
-    def count(self, stream: str, positions: int) -> float:
-        """Tokens of a stream, for the file's metadata; `positions` where it has no mask."""
-        mask = self.masks[stream]
-        return float(positions if mask is None else int(mask.sum()))
-
     def rows(self, x: Tensor, name: str, stream: str, batch_dim: int) -> Tuple[Tensor, float]:
         """The rows `[R, n]` of `x` `[..., n]` that count, scaled by the root of their weights, and their number.
 

@@ -166,3 +166,35 @@ def test_lora_as_the_merged_weight_and_as_itself():
     assert set(host) == set(expected)
     for key in expected:
         close(host[key], expected[key], F32, key)
+
+
+def test_true_fisher_draws_answers():
+    """Of one answer it draws that one; of several, an example's answer does not depend on its batch."""
+    model, batches = t5(), seq2seq_batches((4,))
+    batch = batches[0]
+    other = torch.full_like(batch["labels"], -100)
+    other[:, :2] = 5
+    kinds = ["input_gram", "output_gram", "fisher_diagonal"]
+    ignored = torch.full_like(other, -100)
+    one = collect(model, [{**batch, "choices": torch.stack([other, ignored], 1)}], "seq2seq", kinds=kinds, fisher="true")
+    expected = collect(model, [{**batch, "labels": other}], "seq2seq", kinds=kinds)
+    assert one.metadata["tokens:decoder"] == expected.metadata["tokens:decoder"] == "8"
+    for key in expected:
+        close(one[key], expected[key], F32, key)
+    drawn = {**batch, "choices": torch.stack([other, batch["labels"]], 1)}
+    whole = collect(model, [drawn], "seq2seq", kinds=kinds, fisher="true", seed=3)
+    split = [{**{key: value[i : i + 1] for key, value in drawn.items()}, "example_ids": [i]} for i in (2, 0, 3, 1)]
+    parts = collect(model, split, "seq2seq", kinds=kinds, fisher="true", seed=3)
+    assert whole.metadata["tokens:decoder"] == parts.metadata["tokens:decoder"]
+    for key in whole:
+        close(parts[key], whole[key], F32, key)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_true_fisher_draws_tokens(family):
+    model, batches, task = (llama(), lm_batches(), "causal-lm") if family == "llama" else (t5(), seq2seq_batches(), "seq2seq")
+    drawn = collect(model, batches, task, kinds="output_gram", fisher="true", seed=1)
+    again = collect(model, batches, task, kinds="output_gram", fisher="true", seed=1)
+    data = collect(model, batches, task, kinds="output_gram")
+    assert all(torch.equal(drawn[key], again[key]) for key in drawn)
+    assert any(not torch.equal(drawn[key], data[key]) for key in drawn)
