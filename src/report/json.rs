@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use thiserror::Error;
 
 use super::units::{Bytes, EscapedPath};
@@ -25,6 +25,7 @@ pub struct RunReport {
     /// Hash of the canonical config.
     pub config_hash: String,
     /// The whole run, in seconds.
+    #[serde(deserialize_with = "null_is_nan")]
     pub wall_seconds: f64,
     /// Largest resident set, in bytes: mapped input pages included, so it may pass `--max-memory`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -37,6 +38,7 @@ pub struct RunReport {
     /// Bytes written to the output's shards.
     pub bytes_written: u64,
     /// Floating-point operations, as planned and counted, not measured.
+    #[serde(deserialize_with = "null_is_nan")]
     pub flops: f64,
     /// How the run was set up.
     #[serde(default)]
@@ -131,22 +133,22 @@ pub struct ParameterReport {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_reason: Option<String>,
     /// ‖b − Aθ‖/‖b‖ at the initial guess.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "null_is_some_nan", skip_serializing_if = "Option::is_none")]
     pub initial_relative_residual: Option<f64>,
     /// ‖b − Aθ‖/‖b‖ at the result.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "null_is_some_nan", skip_serializing_if = "Option::is_none")]
     pub final_relative_residual: Option<f64>,
     /// The quadratic objective at the initial guess.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "null_is_some_nan", skip_serializing_if = "Option::is_none")]
     pub objective_initial: Option<f64>,
     /// The quadratic objective at the result.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "null_is_some_nan", skip_serializing_if = "Option::is_none")]
     pub objective_final: Option<f64>,
     /// Whether the solver met its tolerance.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub converged: Option<bool>,
     /// The ridge ρ in force.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "null_is_some_nan", skip_serializing_if = "Option::is_none")]
     pub ridge: Option<f64>,
     /// The preconditioner, where there was one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -155,12 +157,13 @@ pub struct ParameterReport {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub setup: Option<SetupReport>,
     /// Seconds in the iterations or the factorised solve, setup and reading aside.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "null_is_some_nan", skip_serializing_if = "Option::is_none")]
     pub solve_seconds: Option<f64>,
     /// Convergence, one entry a step, the first before any.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub history: Vec<StepReport>,
     /// Time spent on it, in seconds.
+    #[serde(deserialize_with = "null_is_nan")]
     pub seconds: f64,
     /// Bytes read for it.
     pub bytes_read: u64,
@@ -179,8 +182,10 @@ pub struct ParameterReport {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SetupReport {
     /// Wall time, reading included.
+    #[serde(deserialize_with = "null_is_nan")]
     pub seconds: f64,
     /// Floating-point operations, as counted.
+    #[serde(deserialize_with = "null_is_nan")]
     pub flops: f64,
     /// Bytes it holds while the solve runs.
     pub bytes: u64,
@@ -190,8 +195,10 @@ pub struct SetupReport {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepReport {
     /// Of the recurrence, relative to `‖b‖`.
+    #[serde(deserialize_with = "null_is_nan")]
     pub relative_residual: f64,
     /// Objective after the step, ridge term included.
+    #[serde(deserialize_with = "null_is_nan")]
     pub objective: f64,
 }
 
@@ -210,23 +217,33 @@ pub struct RoundReport {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_reason: Option<String>,
     /// As in [`ParameterReport::initial_relative_residual`].
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "null_is_some_nan", skip_serializing_if = "Option::is_none")]
     pub initial_relative_residual: Option<f64>,
     /// As in [`ParameterReport::final_relative_residual`].
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "null_is_some_nan", skip_serializing_if = "Option::is_none")]
     pub final_relative_residual: Option<f64>,
     /// As in [`ParameterReport::objective_initial`].
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "null_is_some_nan", skip_serializing_if = "Option::is_none")]
     pub objective_initial: Option<f64>,
     /// As in [`ParameterReport::objective_final`].
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "null_is_some_nan", skip_serializing_if = "Option::is_none")]
     pub objective_final: Option<f64>,
     /// As in [`ParameterReport::converged`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub converged: Option<bool>,
     /// As in [`ParameterReport::ridge`].
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "null_is_some_nan", skip_serializing_if = "Option::is_none")]
     pub ridge: Option<f64>,
+}
+
+/// A number that was written as `null`, since JSON has no NaN.
+fn null_is_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
+}
+
+/// The same where the number may be absent, which is something else: `default` makes that `None`.
+fn null_is_some_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+    null_is_nan(deserializer).map(Some)
 }
 
 /// Why a run's record cannot be read back.
@@ -234,7 +251,8 @@ pub struct RoundReport {
 #[non_exhaustive]
 pub enum ReportError {
     /// The file is missing or cannot be read.
-    #[error("{}: cannot read the run's record", EscapedPath(path))]
+    #[error("{}: cannot read the run's record (expected the output directory of a finished merge)",
+        EscapedPath(path))]
     Io {
         /// The record.
         path: PathBuf,
@@ -260,7 +278,7 @@ pub enum ReportError {
     },
 
     /// Not JSON, or not this record.
-    #[error("{}: not a run's record", EscapedPath(path))]
+    #[error("{}: not a run's record, or not all of it (expected what `merge` writes)", EscapedPath(path))]
     Malformed {
         /// The record.
         path: PathBuf,
@@ -371,6 +389,27 @@ mod tests {
         }];
         std::fs::write(directory.path().join(FILE_NAME), report.to_json()).unwrap();
         assert_eq!(RunReport::read(directory.path()).unwrap(), report);
+    }
+
+    #[test]
+    fn null_is_read_as_nan_and_absence_as_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut report = sample();
+        report.flops = f64::NAN;
+        let solved = report.parameters.get_mut("w").unwrap();
+        solved.seconds = f64::NAN;
+        solved.setup = Some(SetupReport { seconds: f64::NAN, flops: f64::INFINITY, bytes: 1 });
+        solved.history = vec![StepReport { relative_residual: f64::NAN, objective: f64::INFINITY }];
+        solved.rounds[0].objective_final = Some(f64::NAN);
+        std::fs::write(directory.path().join(FILE_NAME), report.to_json()).unwrap();
+        let read = RunReport::read(directory.path()).unwrap();
+        assert!(read.wall_seconds.is_nan() && read.flops.is_nan());
+        let solved = &read.parameters["w"];
+        assert!(solved.seconds.is_nan() && solved.setup.unwrap().flops.is_nan());
+        assert!(solved.history[0].relative_residual.is_nan() && solved.history[0].objective.is_nan());
+        assert!(solved.final_relative_residual.unwrap().is_nan() && solved.solve_seconds.is_none());
+        assert!(solved.rounds[0].objective_final.unwrap().is_nan());
+        assert!(solved.rounds[0].objective_initial.is_none());
     }
 
     #[test]
