@@ -30,7 +30,7 @@ pub use dtype::{
     first_nonfinite_f64,
 };
 pub use file::{Fingerprint, InputFile, IoMode, read_small_file};
-pub use header::{Header, read_header};
+pub use header::{Header, header_hash, read_header};
 pub use mmap::exit_on_lost_pages;
 
 /// Longest safetensors header that is accepted, in bytes.

@@ -44,7 +44,9 @@ pub struct BlockReport {
     pub differs_in: Option<String>,
 }
 
-/// Runs every unit of `plan`; the reports come back in the order of its blocks.
+/// Runs every unit of `plan`; the reports come back in the order of its blocks. Tensors that `writer` has from a run before
+/// are passed over. `finished` is told of every block on the thread that finished it; its last bytes may still be on their
+/// way to the writer.
 ///
 /// # Errors
 /// The first error of any block; the others are stopped at their next tile or iteration.
@@ -55,6 +57,7 @@ pub fn run(
     progress: &Progress,
     cancel: &AtomicBool,
     drop_cache: bool,
+    finished: &(dyn Fn(&BlockReport) + Sync),
 ) -> Result<Vec<BlockReport>, MergeError> {
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(plan.limits.threads)
@@ -69,7 +72,7 @@ pub fn run(
     let (sink, drain) = sink::channel(writer, budget::out_buffers(plan.limits.threads));
     let position = prefetch::Position::default();
     let state = Admission::new(available);
-    let engine = Engine { plan, inputs, progress, cancel, position: &position, drop_cache };
+    let engine = Engine { plan, inputs, writer, progress, cancel, position: &position, drop_cache, finished };
 
     let (reports, written) = std::thread::scope(|threads| {
         let drained = threads.spawn(|| {
@@ -79,7 +82,7 @@ pub fn run(
             }
             result
         });
-        threads.spawn(|| prefetch::run(plan, inputs, &position, window));
+        threads.spawn(|| prefetch::run(plan, inputs, &position, window, |k| writer.resumed(k)));
         let reports: Mutex<Vec<BlockReport>> = Mutex::new(Vec::with_capacity(plan.blocks.len()));
         let failed: Mutex<Option<MergeError>> = Mutex::new(None);
         let work = |unit: &Unit, threading: Threading| match engine.unit_or_error(unit, threading, &sink) {
@@ -95,7 +98,7 @@ pub fn run(
         };
         let (work, state) = (&work, &state);
         pool.in_place_scope(|scope| {
-            for unit in &plan.units {
+            for unit in plan.units.iter().filter(|unit| !unit.blocks.iter().all(|k| writer.resumed(*k))) {
                 state.admit(unit, plan.limits.threads);
                 if engine.cancel.load(Ordering::Relaxed) {
                     state.release(unit);
@@ -122,7 +125,7 @@ pub fn run(
     // A write that failed stopped the blocks: it is the cause.
     written?;
     let mut reports = reports?;
-    if reports.len() != plan.blocks.len() {
+    if reports.len() != (0..plan.blocks.len()).filter(|k| !writer.resumed(*k)).count() {
         return Err(MergeError::Cancelled);
     }
     reports.sort_by_key(|r| r.block);
@@ -181,10 +184,12 @@ impl Admission {
 struct Engine<'e> {
     plan: &'e MergePlan,
     inputs: &'e Arc<Inputs>,
+    writer: &'e CheckpointWriter,
     progress: &'e Progress,
     cancel: &'e AtomicBool,
     position: &'e prefetch::Position,
     drop_cache: bool,
+    finished: &'e (dyn Fn(&BlockReport) + Sync),
 }
 
 impl Engine<'_> {
@@ -211,7 +216,7 @@ impl Engine<'_> {
     ) -> Result<Vec<BlockReport>, MergeError> {
         let mut shared = Shared::default();
         let mut reports = Vec::with_capacity(unit.blocks.len());
-        for index in &unit.blocks {
+        for index in unit.blocks.iter().filter(|index| !self.writer.resumed(**index)) {
             if self.cancel.load(Ordering::Relaxed) {
                 return Err(MergeError::Cancelled);
             }
@@ -237,6 +242,7 @@ impl Engine<'_> {
             };
             self.progress.bytes(report.bytes_read + block.write_bytes);
             self.progress.block_finished(&block.name, &line(block, &report));
+            (self.finished)(&report);
             reports.push(report);
         }
         Ok(reports)
