@@ -4,6 +4,7 @@ use crate::config::ConfigError;
 use crate::merge::MergeError;
 use crate::plan::PlanError;
 use crate::read::ReadError;
+use crate::report::ReportError;
 use crate::statistics::StatisticsError;
 use crate::write::WriteError;
 
@@ -29,6 +30,9 @@ pub enum Error {
     /// The output.
     #[error(transparent)]
     Write(#[from] WriteError),
+    /// A run's record.
+    #[error(transparent)]
+    Report(#[from] ReportError),
     /// A flag whose value makes no sense here.
     #[error("{flag}: {what}")]
     Flag {
@@ -44,10 +48,15 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A signal ended the run.
-    #[error("interrupted by signal {signal}; nothing was published")]
+    #[error(
+        "interrupted by signal {signal}; nothing was published: `--resume` with the same command continues in {}",
+        crate::report::units::EscapedPath(out)
+    )]
     Interrupted {
         /// Its number.
         signal: i32,
+        /// The output directory.
+        out: std::path::PathBuf,
     },
 }
 
@@ -55,14 +64,14 @@ impl Error {
     /// The exit code that the command line's contract gives this error.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Flag { .. } => 2,
+            Self::Config(_) | Self::Report(_) | Self::Flag { .. } => 2,
             Self::Read(error) => error.exit_class().code(),
             Self::Statistics(error) => error.exit_class().code(),
             Self::Plan(PlanError::Merge(error)) | Self::Merge(error) => merge_code(error),
             Self::Plan(_) => 2,
             Self::Write(error) => error.exit_class().code(),
             Self::Stdout { .. } => 6,
-            Self::Interrupted { signal } => 128u8.saturating_add(u8::try_from(*signal).unwrap_or(0)),
+            Self::Interrupted { signal, .. } => 128u8.saturating_add(u8::try_from(*signal).unwrap_or(0)),
         }
     }
 

@@ -67,4 +67,5 @@ pub mod run;
 pub mod solve;
 pub mod statistics;
 pub mod stream;
+pub mod verify;
 pub mod write;

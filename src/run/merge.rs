@@ -1,5 +1,6 @@
 //! `merge`: config → plan → stream → published directory with its report.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use std::time::Instant;
 
 use super::inputs::{input_paths, open_inputs};
 use super::resources::{available_memory, limits, metadata_bytes};
+use super::resume::{self, Committer, Done};
 use crate::cli::{MergeArgs, Nonfinite};
 use crate::config::MergeConfig;
 use crate::error::Error;
@@ -34,6 +36,8 @@ pub struct MergeOptions {
     pub seed: u64,
     /// What is shown on stderr.
     pub progress: ProgressMode,
+    /// Continue a run that ended early.
+    pub resume: bool,
 }
 
 /// What a finished merge tells.
@@ -43,6 +47,17 @@ pub struct MergeSummary {
     pub report: RunReport,
     /// Parameters whose solver did not converge.
     pub unconverged: Vec<String>,
+    /// The directory was complete before: nothing was done.
+    pub already: bool,
+}
+
+impl MergeSummary {
+    /// Of a directory that is complete.
+    fn already(report: RunReport) -> Self {
+        let unconverged = report.parameters.iter().filter(|(_, p)| p.converged == Some(false));
+        let unconverged = unconverged.map(|(name, _)| name.clone()).collect();
+        Self { report, unconverged, already: true }
+    }
 }
 
 /// Raised by signals; the number of the first one.
@@ -69,10 +84,10 @@ impl Signals {
         Self { cancel, number }
     }
 
-    fn interrupted(&self) -> Option<Error> {
+    fn interrupted(&self, out: &Path) -> Option<Error> {
         match self.number.load(Ordering::Relaxed) {
             0 => None,
-            signal => Some(Error::Interrupted { signal: signal as i32 }),
+            signal => Some(Error::Interrupted { signal: signal as i32, out: out.to_owned() }),
         }
     }
 }
@@ -91,14 +106,19 @@ pub(super) fn command(args: MergeArgs) -> Result<ExitCode, Error> {
             crate::cli::ProgressMode::Plain => ProgressMode::Plain,
             crate::cli::ProgressMode::None => ProgressMode::None,
         },
+        resume: args.resume,
     };
     let signals = Signals::install();
     let summary = merge(&args.config, &out, &options, &signals.cancel).map_err(|error| {
-        match (&error, signals.interrupted()) {
+        match (&error, signals.interrupted(&out)) {
             (Error::Merge(MergeError::Cancelled), Some(interrupted)) => interrupted,
             _ => error,
         }
     })?;
+    if summary.already {
+        let out = crate::report::units::EscapedPath(&out).to_string();
+        let _ = writeln!(std::io::stderr(), "mats-stream: {out}: this merge is complete; nothing to do");
+    }
     for (name, record) in &summary.report.parameters {
         if let Some(reason @ ("not_finite" | "not_positive_definite")) = record.stop_reason.as_deref() {
             let name = crate::read::escaped(name);
@@ -133,9 +153,24 @@ pub fn merge(
 ) -> Result<MergeSummary, Error> {
     let started = Instant::now();
     let config = MergeConfig::load(config)?;
+    let config_hash = config_hash(&config);
     let paths = input_paths(&config);
-    OutputDir::check(out, &paths)?;
-    let mut inputs = open_inputs(&config, options.io, options.refuse_nonfinite)?;
+    let complete = if options.resume { resume::finished(out) } else { None };
+    match (&complete, options.resume) {
+        (Some(report), _) => resume::check_finished(out, report, &config_hash, None)?,
+        (None, true) => OutputDir::check_unfinished(out, &paths)?,
+        (None, false) => OutputDir::check(out, &paths)?,
+    }
+    let opened = open_inputs(&config, options.io, options.refuse_nonfinite);
+    if let Some(report) = complete {
+        // Inputs may be gone once a merge is done.
+        if let Ok(inputs) = &opened {
+            let key = resume::key(config_hash.clone(), options, input_files(inputs))?;
+            resume::check_finished(out, &report, &config_hash, Some(&key))?;
+        }
+        return Ok(MergeSummary::already(report));
+    }
+    let mut inputs = opened?;
     let metadata = metadata_bytes(&inputs);
     let plan = MergePlan::new(&config, &mut inputs, options.limits, metadata)?;
     for warning in &plan.warnings {
@@ -143,30 +178,88 @@ pub fn merge(
     }
     let inputs = Arc::new(inputs);
 
-    let directory = OutputDir::claim(out, &paths)?;
-    let writer = CheckpointWriter::create(directory, Arc::new(plan.layout.clone()))?;
-    let progress =
-        Progress::new(options.progress, plan.blocks.len() as u64, plan.read_bytes() + plan.write_bytes());
-    let input_bytes: u64 = inputs.checkpoints.iter().map(|c| c.total_bytes()).sum();
-    // Inputs that will not fit in the page cache are not kept there: the machine has better use for it.
-    let drop_cache = input_bytes > available_memory() / 2;
-    let blocks = stream::run(&plan, &inputs, &writer, &progress, cancel, drop_cache)?;
+    let key = resume::key(config_hash, options, input_files(&inputs))?;
+    let side = side_files(&config, &plan, &inputs)?;
+    let own = |name: &str| side.iter().any(|file| file.name == name) || plan.layout.owns(name);
+    let (writer, before) = resume::open(out, &paths, &own, options.resume, &plan, key.clone())?;
+    if before.len() > 0 {
+        tracing::info!("{} of {} tensors are there already", before.len(), plan.blocks.len());
+    }
+    let progress = Progress::new(
+        options.progress,
+        (plan.blocks.len() - before.len()) as u64,
+        plan.read_bytes() + plan.write_bytes() - before.bytes(&plan),
+    );
+    let blocks = stream_and_commit(&plan, &inputs, &writer, &progress, cancel).inspect_err(|error| {
+        if resume::resumable(error) {
+            writer.keep_unfinished()
+        }
+    })?;
     progress.finish();
     for file in input_files(&inputs) {
         file.check_unchanged()?;
     }
+    // From here on only the disk can be at fault, and everything is there.
+    writer.keep_unfinished();
     writer.sync()?;
 
-    let unconverged: Vec<String> = blocks
+    let mut unconverged: Vec<String> = blocks
         .iter()
-        .filter(|b| b.outcomes.last().is_some_and(|o| !o.stop.converged()))
+        .filter(|b| is_unconverged(b))
         .map(|b| plan.blocks[b.block].name.clone())
+        .chain(before.unconverged(&plan))
         .collect();
-    let report = report(&config, &plan, &inputs, &blocks, options, started, writer.bytes_written());
-    let before_index = side_files(&config, &plan, &inputs)?;
+    unconverged.sort_unstable();
+    let mut report = report(&config, &plan, &inputs, &blocks, options, started, writer.bytes_written());
+    before.complete(&mut report, &plan, &writer, &key, input_files(&inputs))?;
     let record = SideFile::new(crate::report::REPORT_FILE, report.to_json());
-    writer.finish(before_index, record)?;
-    Ok(MergeSummary { report, unconverged })
+    writer.finish(side, record)?;
+    Ok(MergeSummary { report, unconverged, already: false })
+}
+
+/// Runs the plan while a thread of its own makes finished tensors durable.
+fn stream_and_commit(
+    plan: &MergePlan,
+    inputs: &Arc<Inputs>,
+    writer: &CheckpointWriter,
+    progress: &Progress,
+    cancel: &AtomicBool,
+) -> Result<Vec<BlockReport>, Error> {
+    let input_bytes: u64 = inputs.checkpoints.iter().map(|c| c.total_bytes()).sum();
+    // Inputs that will not fit in the page cache are not kept there: the machine has better use for it.
+    let drop_cache = input_bytes > available_memory() / 2;
+    let committer = Committer::new(writer);
+    let finished = |block: &BlockReport| {
+        let planned = &plan.blocks[block.block];
+        let done = Done {
+            parameter: parameter(planned, block),
+            flops: flops(planned, block),
+            unconverged: is_unconverged(block),
+            differs_in: block.differs_in.clone(),
+        };
+        writer.record(block.block, serde_json::to_value(done).expect("string keys and plain values"));
+    };
+    let (streamed, committed) = std::thread::scope(|threads| {
+        let commits = threads.spawn(|| committer.run(cancel));
+        let streamed = stream::run(plan, inputs, writer, progress, cancel, drop_cache, &finished);
+        committer.stop();
+        (streamed, commits.join().unwrap_or(Ok(())))
+    });
+    match (streamed, committed) {
+        // A commit that failed stopped the blocks: it is the cause.
+        (Ok(_) | Err(MergeError::Cancelled), Err(error)) => Err(error.into()),
+        (streamed, _) => Ok(streamed?),
+    }
+}
+
+fn is_unconverged(block: &BlockReport) -> bool {
+    block.outcomes.last().is_some_and(|outcome| !outcome.stop.converged())
+}
+
+/// What is told of an integer tensor that `model` has otherwise.
+pub(super) fn differs(tensor: &str, model: &str) -> String {
+    let name = crate::read::escaped(tensor);
+    format!("tensor `{name}` has other values in {model}; the reference's were copied")
 }
 
 fn input_files(inputs: &Inputs) -> impl Iterator<Item = &InputFile> {
@@ -278,10 +371,7 @@ fn report(
         let planned = &plan.blocks[block.block];
         report.parameters.insert(planned.name.clone(), parameter(planned, block));
         if let Some(model) = &block.differs_in {
-            report.warnings.push(format!(
-                "tensor `{}` has other values in {model}; the reference's were copied",
-                crate::read::escaped(&planned.name)
-            ));
+            report.warnings.push(differs(&planned.name, model));
             tracing::warn!("{}", report.warnings[report.warnings.len() - 1]);
         }
     }
@@ -364,6 +454,7 @@ fn input_records(config: &MergeConfig, inputs: &Inputs) -> Vec<InputRecord> {
                 bytes: file.fingerprint().len,
                 mtime_ns: file.fingerprint().mtime_ns,
                 header_hash: None,
+                location: None,
             })
             .collect(),
     };
