@@ -78,6 +78,21 @@ fn shortened(message: &dyn std::fmt::Display) -> String {
     }
 }
 
+/// What to do with pickled weights: reading them means running what they say.
+const CONVERT: &str = "convert them first, for example with `save_pretrained(…, safe_serialization=True)`; pickles are never read";
+
+/// Extensions that PyTorch's pickles go by.
+const PICKLED: [&str; 4] = ["bin", "pt", "pth", "ckpt"];
+
+/// What a file that begins so is, where it is one of PyTorch's formats: none has a header length within the limit.
+fn pickled(prefix: &[u8; 8]) -> Option<&'static str> {
+    match prefix {
+        [b'P', b'K', 3, 4, ..] => Some("a zip archive (pickled weights)"),
+        [0x80, 2..=5, ..] => Some("a pickle"),
+        _ => None,
+    }
+}
+
 /// A name from a file as it may appear in a message: control characters and quotes escaped, cut at 200
 /// characters.
 pub fn escaped(name: &str) -> String {

@@ -168,6 +168,7 @@ pub fn merge(
             let key = resume::key(config_hash.clone(), options, input_files(inputs))?;
             resume::check_finished(out, &report, &config_hash, Some(&key))?;
         }
+        OutputDir::tidy(out);
         return Ok(MergeSummary::already(report));
     }
     let mut inputs = opened?;

@@ -15,6 +15,7 @@ use crate::error::Error;
 use crate::plan::MergePlan;
 use crate::read::{InputFile, ReadError, header_hash};
 use crate::report::{ParameterReport, REPORT_FILE, RunReport};
+use crate::write::fault;
 use crate::write::journal::{self, Journal, KeyInput, Record, RunKey};
 use crate::write::{CheckpointWriter, OutputDir, WriteError};
 
@@ -257,7 +258,12 @@ impl<'w> Committer<'w> {
     /// # Errors
     /// The first commit that fails; `cancel` is raised with it.
     pub fn run(&self, cancel: &AtomicBool) -> Result<(), WriteError> {
-        let mut interval = LEAST_INTERVAL;
+        // Tests commit all the time.
+        let (least, factor) = match fault::named("commit.often") {
+            true => (Duration::from_millis(1), 1),
+            false => (LEAST_INTERVAL, INTERVAL_FACTOR),
+        };
+        let mut interval = least;
         loop {
             let stopped = {
                 let stopped = self.stopped.lock().unwrap_or_else(PoisonError::into_inner);
@@ -269,7 +275,7 @@ impl<'w> Committer<'w> {
             if stopped {
                 return Ok(());
             }
-            interval = LEAST_INTERVAL.max(started.elapsed() * INTERVAL_FACTOR);
+            interval = least.max(started.elapsed() * factor);
         }
     }
 

@@ -92,10 +92,10 @@ pub enum WriteError {
         path: PathBuf,
     },
 
-    /// The merge that ended early is another one.
+    /// The merge that ended early, or the one that is complete, is another one.
     #[error(
-        "{}: cannot resume: the merge that did not finish here has {what}; choose another directory, or empty this \
-         one yourself",
+        "{}: cannot resume: the merge in this directory has {what}; choose another directory, or empty this one \
+         yourself",
         EscapedPath(path)
     )]
     OtherRun {

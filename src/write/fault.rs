@@ -16,6 +16,18 @@ pub(crate) fn point(name: &str) -> io::Result<()> {
     armed::point(name)
 }
 
+/// Whether a failpoint is named at all: for tests that want a step done more often than a user would.
+#[cfg(debug_assertions)]
+pub(crate) fn named(name: &str) -> bool {
+    armed::named(name)
+}
+
+/// Never: failpoints exist in debug builds only.
+#[cfg(not(debug_assertions))]
+pub(crate) fn named(_name: &str) -> bool {
+    false
+}
+
 /// Nothing: failpoints exist in debug builds only.
 #[cfg(not(debug_assertions))]
 #[inline(always)]
@@ -55,6 +67,10 @@ mod armed {
                 })
                 .collect()
         })
+    }
+
+    pub(super) fn named(name: &str) -> bool {
+        faults().iter().any(|fault| fault.name == name)
     }
 
     pub(super) fn point(name: &str) -> io::Result<()> {

@@ -65,6 +65,16 @@ impl OutputDir {
         examine(path, inputs, true).map(|_| ())
     }
 
+    /// Removes what a run that died right after its last rename left in a directory that is complete. Best effort: both
+    /// names promise nothing.
+    pub fn tidy(path: &Path) {
+        if !lock_is_held(path) {
+            for name in [JOURNAL_NAME, LOCK_NAME] {
+                let _ = fs::remove_file(path.join(name));
+            }
+        }
+    }
+
     /// Claims `path` for this run.
     ///
     /// It must not exist (then it is made, parents too) or be an empty directory. Temporary files of a

@@ -6,6 +6,7 @@
 mod algebra;
 mod cli;
 mod config;
+mod faults;
 mod hostile;
 mod outputs;
 mod util;
