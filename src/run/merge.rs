@@ -191,11 +191,13 @@ pub fn merge(
         (plan.blocks.len() - before.len()) as u64,
         plan.read_bytes() + plan.write_bytes() - before.bytes(&plan),
     );
-    let blocks = stream_and_commit(&plan, &inputs, &writer, &progress, cancel).inspect_err(|error| {
-        if resume::resumable(error) {
-            writer.keep_unfinished()
-        }
-    })?;
+    let blocks = stream_and_commit(&plan, &inputs, &writer, &progress, cancel)
+        .map_err(|error| changed_input(error, &inputs))
+        .inspect_err(|error| {
+            if resume::resumable(error) {
+                writer.keep_unfinished();
+            }
+        })?;
     progress.finish();
     for file in input_files(&inputs) {
         file.check_unchanged()?;
@@ -216,6 +218,14 @@ pub fn merge(
     let record = SideFile::new(crate::report::REPORT_FILE, report.to_json());
     writer.finish(side, record)?;
     Ok(MergeSummary { report, unconverged, already: false })
+}
+
+/// What made a block fail, if an input changed: what was found in it then says nothing about the file that was opened.
+fn changed_input(error: Error, inputs: &Inputs) -> Error {
+    if matches!(error, Error::Merge(MergeError::Cancelled | MergeError::Write(_)) | Error::Write(_)) {
+        return error;
+    }
+    input_files(inputs).find_map(|file| file.check_unchanged().err()).map_or(error, Error::from)
 }
 
 /// Runs the plan while a thread of its own makes finished tensors durable.
@@ -242,8 +252,9 @@ fn stream_and_commit(
     };
     let (streamed, committed) = std::thread::scope(|threads| {
         let commits = threads.spawn(|| committer.run(cancel));
+        let end = committer.stop_at_end();
         let streamed = stream::run(plan, inputs, writer, progress, cancel, drop_cache, &finished);
-        committer.stop();
+        drop(end);
         (streamed, commits.join().unwrap_or(Ok(())))
     });
     match (streamed, committed) {

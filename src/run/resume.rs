@@ -279,8 +279,19 @@ impl<'w> Committer<'w> {
         }
     }
 
+    /// Stops it when dropped: a panic elsewhere must not leave it waiting.
+    pub fn stop_at_end(&self) -> impl Drop + '_ {
+        struct Stop<'c, 'w>(&'c Committer<'w>);
+        impl Drop for Stop<'_, '_> {
+            fn drop(&mut self) {
+                self.0.stop();
+            }
+        }
+        Stop(self)
+    }
+
     /// Nothing more will be finished.
-    pub fn stop(&self) {
+    fn stop(&self) {
         *self.stopped.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.wake.notify_all();
     }
