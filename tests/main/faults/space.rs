@@ -132,7 +132,7 @@ fn f12_modes_follow_the_umask_and_a_closed_input_is_bad_input() {
         fs::remove_dir_all(scratch.join("out")).expect("remove a directory");
     }
     let closed = scratch.join("a/model.safetensors");
-    fs::set_permissions(&closed, fs::Permissions::from_mode(0)).expect("close a file");
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o000)).expect("close a file");
     let mut command = scratch.command(&ARGS);
     if is_root() {
         // Nothing is closed to root.
