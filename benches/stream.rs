@@ -8,8 +8,12 @@
 // The table is what the program is for.
 #![allow(clippy::print_stdout)]
 
+#[path = "support/layout.rs"]
+mod layout;
 #[path = "support/random.rs"]
 mod random;
+#[path = "support/spectrum.rs"]
+mod spectrum;
 #[path = "support/synthetic.rs"]
 mod synthetic;
 
@@ -21,6 +25,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use half::bf16;
+use layout::Layout;
 use mats_stream::plan::Limits;
 use mats_stream::read::IoMode;
 use mats_stream::report::ProgressMode;
@@ -142,6 +147,7 @@ fn main() -> Fallible<()> {
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let hidden = if mib < 512 { 512 } else { 2048 };
     let written = Synthetic {
+        layout: Layout::Llama,
         models: MODELS,
         base: false,
         hidden,

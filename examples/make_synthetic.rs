@@ -8,8 +8,12 @@
 // Paths and errors are what a command line tool prints.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+#[path = "../benches/support/layout.rs"]
+mod layout;
 #[path = "../benches/support/random.rs"]
 mod random;
+#[path = "../benches/support/spectrum.rs"]
+mod spectrum;
 #[path = "../benches/support/synthetic.rs"]
 mod synthetic;
 
@@ -17,6 +21,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
+use layout::Layout;
 use synthetic::{Element, Statistics, Synthetic};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -24,6 +29,12 @@ enum Dtype {
     Bf16,
     F16,
     F32,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Family {
+    Llama,
+    T5,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -44,13 +55,16 @@ struct Args {
     /// Write the base, too.
     #[arg(long)]
     base: bool,
+    /// Names and shapes of the tensors.
+    #[arg(long, value_enum, default_value = "llama")]
+    layout: Family,
     /// Width of the residual stream.
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     hidden: u32,
     /// Width of the MLP; 2.75 times the hidden one unless given.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=262_144))]
     intermediate: Option<u32>,
-    /// Transformer blocks.
+    /// Transformer blocks; of the encoder and of the decoder each, where there are both.
     #[arg(long, default_value_t = 4)]
     layers: usize,
     /// Choose the number of layers for models of about so many MiB.
@@ -65,8 +79,11 @@ struct Args {
     /// Only the first so many layers (and the head) have statistics; all unless given.
     #[arg(long)]
     statistics_layers: Option<usize>,
-    /// Size of the embedding, and of the head, in MiB; 16384 rows unless given.
-    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    /// Rows of the embedding and of the head.
+    #[arg(long, default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    vocabulary: u32,
+    /// Size of the embedding, and of the head, in MiB, instead.
+    #[arg(long, conflicts_with = "vocabulary", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     big_tensor_mib: Option<u64>,
     /// Most MiB of one shard.
     #[arg(long, default_value_t = 2048)]
@@ -86,12 +103,16 @@ fn main() -> ExitCode {
     let hidden = args.hidden as usize;
     let rows = |mib: u64| ((mib << 20) / (args.hidden as u64 * element.bytes() as u64)).max(1) as usize;
     let mut synthetic = Synthetic {
+        layout: match args.layout {
+            Family::Llama => Layout::Llama,
+            Family::T5 => Layout::T5,
+        },
         models: args.models,
         base: args.base,
         hidden,
         intermediate: args.intermediate.map_or(hidden * 11 / 4, |n| n as usize).max(1),
         layers: args.layers,
-        vocabulary: args.big_tensor_mib.map_or(16_384, rows),
+        vocabulary: args.big_tensor_mib.map_or(args.vocabulary as usize, rows),
         element,
         statistics: args.statistics.map(|kind| match kind {
             Kind::Gram => Statistics::Gram,

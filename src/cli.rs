@@ -13,6 +13,7 @@ Examples:
   mats-stream inspect models/base --stats                 tensors, norms, NaN and Inf counts
   mats-stream diff merged models/base --tolerance 1e-6    exit 1 where they differ by more
   mats-stream verify merged                               exit 1 where a tensor is not as it was written
+  mats-stream report merged                               one HTML page of what the merge did
 
 A minimal merge.yml:
   merge_method: linear
@@ -54,6 +55,21 @@ pub enum Command {
     Diff(DiffArgs),
     /// Check a finished directory against the checksums of its report; exit 1 where anything differs
     Verify(VerifyArgs),
+    /// Write one self-contained HTML page of what a merge did
+    ///
+    /// Reads DIR/merge_report.json, writes DIR/report.html and prints its path. The page needs no network and
+    /// opens from a file. For the directory of a sweep it lists the runs and writes a page for each of them.
+    Report(ReportArgs),
+    /// Print a completion script for a shell
+    ///
+    /// For example: mats-stream completions bash > /usr/share/bash-completion/completions/mats-stream
+    Completions(CompletionsArgs),
+    /// Print the man page, or write one page per command into a directory
+    ///
+    /// Without DIR the page of mats-stream itself goes to stdout. With DIR, which is made if need be, the whole
+    /// set is written as packagers expect it: mats-stream.1, mats-stream-merge.1 and so on, each replacing a
+    /// page that is there.
+    Man(ManArgs),
 }
 
 /// `merge CONFIG --out DIR`.
@@ -161,6 +177,30 @@ pub struct VerifyArgs {
     /// Print strict JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// `report DIR`.
+#[derive(Debug, Clone, Args)]
+pub struct ReportArgs {
+    /// Output directory of a finished merge or sweep
+    #[arg(value_name = "DIR")]
+    pub directory: PathBuf,
+}
+
+/// `completions SHELL`.
+#[derive(Debug, Clone, Args)]
+pub struct CompletionsArgs {
+    /// The shell that will read them
+    #[arg(value_name = "SHELL", value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+/// `man [DIR]`.
+#[derive(Debug, Clone, Args)]
+pub struct ManArgs {
+    /// Directory for one page per command
+    #[arg(value_name = "DIR")]
+    pub directory: Option<PathBuf>,
 }
 
 /// What `merge` and `plan` share: everything that decides how a merge is carried out.
@@ -409,6 +449,10 @@ mod tests {
             "merge c.yml --out o --resume",
             "--log-level error diff a b",
             "merge c.yml --dry-run",
+            "report merged",
+            "completions zsh",
+            "man",
+            "man pages",
         ] {
             assert!(parse(args).is_ok(), "{args}");
         }
@@ -431,6 +475,11 @@ mod tests {
             "diff a b --tolerance=-1",
             "diff a",
             "verify",
+            "report",
+            "report a b",
+            "completions",
+            "completions csh",
+            "man a b",
             "frobnicate",
         ] {
             let error = parse(args).expect_err(args);

@@ -6,6 +6,8 @@ use crate::plan::PlanError;
 use crate::read::ReadError;
 use crate::report::ReportError;
 use crate::statistics::StatisticsError;
+use crate::tokenizer::TokenizerError;
+use crate::view::AdapterError;
 use crate::write::WriteError;
 
 /// Anything that ends a command.
@@ -18,6 +20,24 @@ pub enum Error {
     /// A checkpoint.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// An adapter.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    /// Vocabularies.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// A slice or module that a model does not have.
+    #[error("{config}:{line}: {key}: {what}")]
+    Section {
+        /// The config.
+        config: String,
+        /// Its line.
+        line: usize,
+        /// The slice or module.
+        key: String,
+        /// What was found and expected.
+        what: String,
+    },
     /// A statistics file.
     #[error(transparent)]
     Statistics(#[from] StatisticsError),
@@ -49,14 +69,17 @@ pub enum Error {
     },
     /// A signal ended the run.
     #[error(
-        "interrupted by signal {signal}; nothing was published: `--resume` with the same command continues in {}",
-        crate::report::units::EscapedPath(out)
+        "interrupted by signal {signal}; nothing was published{}",
+        out.as_ref().map_or_else(String::new, |out| format!(
+            ": `--resume` with the same command continues in {}",
+            crate::report::units::EscapedPath(out)
+        ))
     )]
     Interrupted {
         /// Its number.
         signal: i32,
-        /// The output directory.
-        out: std::path::PathBuf,
+        /// The output directory, if it can be continued.
+        out: Option<std::path::PathBuf>,
     },
 }
 
@@ -64,8 +87,15 @@ impl Error {
     /// The exit code that the command line's contract gives this error.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Report(_) | Self::Flag { .. } => 2,
-            Self::Read(error) => error.exit_class().code(),
+            Self::Read(error)
+            | Self::Adapter(AdapterError::Read(error))
+            | Self::Tokenizer(TokenizerError::Read(error)) => error.exit_class().code(),
+            Self::Config(_)
+            | Self::Report(_)
+            | Self::Flag { .. }
+            | Self::Adapter(_)
+            | Self::Tokenizer(_)
+            | Self::Section { .. } => 2,
             Self::Statistics(error) => error.exit_class().code(),
             Self::Plan(PlanError::Merge(error)) | Self::Merge(error) => merge_code(error),
             Self::Plan(_) => 2,

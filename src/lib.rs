@@ -36,7 +36,7 @@
 //! assert!((solution.x[0] - 1.0).abs() < 1e-9 && (solution.x[1] - 2.0).abs() < 1e-9);
 //! # Ok::<(), mats_stream::operator::OperatorError>(())
 //! ```
-// One file maps memory and says why each block is sound; nothing else may.
+// One file maps memory, one has vector kernels, and each block says why it is sound; nothing else may.
 #![deny(unsafe_code)]
 // Untrusted files must never reach one of these. Tests may: a panic there is the report.
 #![cfg_attr(
@@ -67,5 +67,7 @@ pub mod run;
 pub mod solve;
 pub mod statistics;
 pub mod stream;
+pub mod tokenizer;
 pub mod verify;
+pub mod view;
 pub mod write;

@@ -1,9 +1,9 @@
-//! Synthetic checkpoints in Hugging Face's layout of a Llama, with statistics files, of any size.
+//! Synthetic checkpoints in Hugging Face's layout, with statistics files, of any size.
 //!
 //! Every value is a function of (seed, tensor, position), so tensors are written in pieces by all threads and no more
 //! than [`PIECE_BYTES`] of one thread's output is ever in memory. The models are a common base plus small task vectors;
-//! a Gram is `FᵀF + D`, with a few strong directions that fall off and a log-normal diagonal, so that it is positive
-//! definite also after rounding. Called by `examples/make_synthetic.rs` and `benches/stream.rs`.
+//! Grams are those of `spectrum`, tensors those of `layout`. Called by `examples/make_synthetic.rs` and
+//! `benches/stream.rs`.
 
 // Both includers write sets, each with what it needs of the choices.
 #![allow(dead_code)]
@@ -17,12 +17,12 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
+use super::layout::{Layout, Tensor};
 use super::random::{Random, mix};
+use super::spectrum::{SpectralGram, Spectrum};
 
 /// Bytes that one thread makes at a time.
 const PIECE_BYTES: usize = 4 << 20;
-/// Columns of `F` in a Gram.
-const DIRECTIONS: usize = 8;
 /// Values of a weight that share one random stream: even, and a divisor of every piece.
 const RUN: usize = 1 << 12;
 
@@ -48,7 +48,7 @@ impl Element {
     }
 
     /// As in `config.json`.
-    fn torch_name(self) -> &'static str {
+    pub(crate) fn torch_name(self) -> &'static str {
         match self {
             Self::Bf16 => "bfloat16",
             Self::F16 => "float16",
@@ -83,6 +83,8 @@ pub(crate) enum Statistics {
 /// Everything that decides the bytes of a set.
 #[derive(Clone, Debug)]
 pub(crate) struct Synthetic {
+    /// Names and shapes.
+    pub(crate) layout: Layout,
     /// Fine-tuned models, besides the base.
     pub(crate) models: usize,
     /// Whether `base/` is written.
@@ -91,7 +93,7 @@ pub(crate) struct Synthetic {
     pub(crate) hidden: usize,
     /// Width between `gate`/`up` and `down`.
     pub(crate) intermediate: usize,
-    /// Transformer blocks.
+    /// Transformer blocks (of encoder and of decoder each, where there are both).
     pub(crate) layers: usize,
     /// Rows of the embedding and of the head.
     pub(crate) vocabulary: usize,
@@ -120,99 +122,13 @@ pub(crate) struct Written {
     pub(crate) model_bytes: u64,
 }
 
-struct Tensor {
-    name: String,
-    shape: Vec<usize>,
-    /// Index among all tensors: its random stream, the same in every model.
-    stream: u64,
-}
-
-impl Tensor {
-    fn elements(&self) -> usize {
-        self.shape.iter().product()
-    }
-}
-
-/// One entry of a statistics file: the packed lower triangle of a Gram.
-struct Gram {
-    key: String,
-    side: usize,
-    stream: u64,
-}
-
 impl Synthetic {
     /// Layers that bring a model nearest to `model_bytes`, at least one.
     pub(crate) fn with_model_bytes(mut self, model_bytes: u64) -> Self {
-        let (hidden, intermediate) = (self.hidden, self.intermediate);
-        let layer = 4 * hidden * hidden + 3 * hidden * intermediate + 2 * hidden;
-        let rest = 2 * self.vocabulary * hidden + hidden;
+        let (layer, rest) = self.layout.elements(&self);
         let elements = (model_bytes / self.element.bytes() as u64).saturating_sub(rest as u64) as usize;
         self.layers = ((elements + layer / 2) / layer).max(1);
         self
-    }
-
-    fn tensors(&self) -> Vec<Tensor> {
-        let Self { hidden, intermediate, vocabulary, .. } = *self;
-        let mut all = vec![("model.embed_tokens.weight".to_owned(), vec![vocabulary, hidden])];
-        for layer in 0..self.layers {
-            for (part, shape) in [
-                ("input_layernorm", vec![hidden]),
-                ("self_attn.q_proj", vec![hidden, hidden]),
-                ("self_attn.k_proj", vec![hidden, hidden]),
-                ("self_attn.v_proj", vec![hidden, hidden]),
-                ("self_attn.o_proj", vec![hidden, hidden]),
-                ("post_attention_layernorm", vec![hidden]),
-                ("mlp.gate_proj", vec![intermediate, hidden]),
-                ("mlp.up_proj", vec![intermediate, hidden]),
-                ("mlp.down_proj", vec![hidden, intermediate]),
-            ] {
-                all.push((format!("model.layers.{layer}.{part}.weight"), shape));
-            }
-        }
-        all.push(("model.norm.weight".to_owned(), vec![hidden]));
-        all.push(("lm_head.weight".to_owned(), vec![vocabulary, hidden]));
-        all.into_iter()
-            .enumerate()
-            .map(|(i, (name, shape))| Tensor { name, shape, stream: i as u64 })
-            .collect()
-    }
-
-    /// Grams, and aliases where two layers see the same input.
-    fn grams(&self, kind: Statistics) -> (Vec<Gram>, Vec<(String, String)>) {
-        let mut grams = Vec::new();
-        let mut aliases = Vec::new();
-        let mut add = |key: String, side: usize| {
-            let stream = 1 << 32 | grams.len() as u64;
-            grams.push(Gram { key, side, stream });
-        };
-        for layer in 0..self.layers.min(self.statistics_layers) {
-            let key = |part: &str, kind: &str| format!("model.layers.{layer}.{part}.weight/{kind}");
-            for (part, side, same_input) in [
-                ("self_attn.q_proj", self.hidden, &["self_attn.k_proj", "self_attn.v_proj"][..]),
-                ("self_attn.o_proj", self.hidden, &[]),
-                ("mlp.gate_proj", self.hidden, &["mlp.up_proj"]),
-                ("mlp.down_proj", self.intermediate, &[]),
-            ] {
-                add(key(part, "input_gram"), side);
-                aliases.extend(same_input.iter().map(|p| (key(p, "input_gram"), key(part, "input_gram"))));
-            }
-            if kind == Statistics::Kfac {
-                let (hidden, intermediate) = (self.hidden, self.intermediate);
-                for (part, side) in [
-                    ("self_attn.q_proj", hidden),
-                    ("self_attn.k_proj", hidden),
-                    ("self_attn.v_proj", hidden),
-                    ("self_attn.o_proj", hidden),
-                    ("mlp.gate_proj", intermediate),
-                    ("mlp.up_proj", intermediate),
-                    ("mlp.down_proj", hidden),
-                ] {
-                    add(key(part, "output_gram"), side);
-                }
-            }
-        }
-        add("lm_head.weight/input_gram".to_owned(), self.hidden);
-        (grams, aliases)
     }
 
     /// Writes the set into `out`, which is made if need be; files of an earlier set are overwritten.
@@ -220,7 +136,7 @@ impl Synthetic {
     /// # Errors
     /// Those of the file system.
     pub(crate) fn write(&self, out: &Path) -> io::Result<Written> {
-        let tensors = self.tensors();
+        let tensors = self.layout.tensors(self);
         let width = self.element.bytes();
         let model_bytes = tensors.iter().map(|t| (t.elements() * width) as u64).sum();
         let mut written = Written { base: None, models: Vec::new(), statistics: Vec::new(), model_bytes };
@@ -244,17 +160,7 @@ impl Synthetic {
 
     fn write_model(&self, directory: &Path, tensors: &[Tensor], model: Option<u64>) -> io::Result<()> {
         fs::create_dir_all(directory)?;
-        let config = json!({
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": (self.hidden / 128).max(1),
-            "vocab_size": self.vocabulary,
-            "tie_word_embeddings": false,
-            "torch_dtype": self.element.torch_name(),
-        });
+        let config = self.layout.config(self);
         fs::write(directory.join("config.json"), format!("{config:#}\n"))?;
 
         let mut shards: Vec<Vec<&Tensor>> = Vec::new();
@@ -296,7 +202,7 @@ impl Synthetic {
     }
 
     fn write_statistics(&self, path: &Path, kind: Statistics, model: u64) -> io::Result<()> {
-        let (grams, aliases) = self.grams(kind);
+        let (grams, aliases) = self.layout.grams(self, kind);
         let mut metadata: Vec<(String, String)> = [
             ("format", "mats-stream-statistics/1".to_owned()),
             ("model", format!("model-{model}")),
@@ -317,7 +223,18 @@ impl Synthetic {
             })
             .collect();
         write_file(path, Element::Bf16, &entries, &metadata, |entry, first, piece| {
-            fill_gram(&grams[entry], mix(self.seed ^ model.wrapping_add(1)), first, piece);
+            let gram = &grams[entry];
+            let common = mix(self.seed ^ mix(gram.stream));
+            let spectrum = Spectrum {
+                side: gram.side,
+                decay: if gram.output { 2.0 } else { 1.5 },
+                centred: gram.output,
+                // Gradients are small; powers of two change no digit.
+                scale: if gram.output { 2f64.powi(-24) } else { 1.0 },
+                common,
+                own: mix(common ^ model.wrapping_add(1)),
+            };
+            fill_gram(spectrum, first, piece);
         })
     }
 
@@ -343,23 +260,11 @@ impl Synthetic {
     }
 }
 
-/// Elements `first..` of the packed lower triangle of `FᵀF + D`, in bf16.
-fn fill_gram(gram: &Gram, seed: u64, first: usize, piece: &mut [u8]) {
-    let side = gram.side;
-    // Made anew for each piece: a fiftieth of the work, and nothing to share between threads.
-    let mut random = Random::new(seed, gram.stream);
-    let mut rows = Vec::with_capacity(side);
-    let mut diagonal = Vec::with_capacity(side);
-    for _ in 0..side {
-        let mut row = [0.0f32; DIRECTIONS];
-        for (k, v) in row.iter_mut().enumerate() {
-            // The first direction is the mean, which activations have far from zero.
-            let centre = if k == 0 { 0.5 } else { 0.0 };
-            *v = ((random.uniform() - 0.5 + centre) / ((k + 1) as f64).powf(0.75)) as f32;
-        }
-        rows.push(row);
-        diagonal.push((random.normal() * 0.5).exp() as f32);
-    }
+/// Elements `first..` of the packed lower triangle, in bf16.
+fn fill_gram(spectrum: Spectrum, first: usize, piece: &mut [u8]) {
+    // Made anew for each piece: a tenth of the work, and nothing to share between threads.
+    let gram = SpectralGram::new(spectrum);
+    let mut row = vec![0.0f32; spectrum.side];
     let mut i = ((((8 * first + 1) as f64).sqrt() - 1.0) / 2.0) as usize;
     // The square root of a large number may land one row off.
     while i * (i + 1) / 2 > first {
@@ -369,16 +274,13 @@ fn fill_gram(gram: &Gram, seed: u64, first: usize, piece: &mut [u8]) {
         i += 1;
     }
     let mut j = first - i * (i + 1) / 2;
-    for out in piece.chunks_exact_mut(2) {
-        let mut value: f32 = rows[i].iter().zip(&rows[j]).map(|(x, y)| x * y).sum();
-        if i == j {
-            value += diagonal[i];
-        }
-        Element::Bf16.put(value, out);
-        j += 1;
-        if j > i {
-            (i, j) = (i + 1, 0);
-        }
+    let mut rest = piece;
+    while !rest.is_empty() {
+        let count = (i + 1 - j).min(rest.len() / 2);
+        let (out, after) = rest.split_at_mut(2 * count);
+        gram.row(i, j, &mut row[..count]);
+        out.chunks_exact_mut(2).zip(&row).for_each(|(out, value)| Element::Bf16.put(*value, out));
+        (rest, i, j) = (after, i + 1, 0);
     }
 }
 

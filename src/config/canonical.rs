@@ -5,6 +5,7 @@
 use std::fmt::Write as _;
 
 use super::schema::{Initial, MergeConfig, Round, Subspace};
+use super::tokenizer::{EmbeddingSource, TokenizerConfig, TokenizerSource};
 
 impl MergeConfig {
     /// A canonical text of everything that may change the result, one `key = value` per line. Paths are as
@@ -14,18 +15,65 @@ impl MergeConfig {
         let mut out = String::from("mats-stream-config/1\n");
         let dtype = self.output_dtype().map_or("-", |dtype| dtype.name());
         let _ = writeln!(out, "output_dtype = {dtype}");
+        if let Some(tokenizer) = &self.tokenizer {
+            write_tokenizer(tokenizer, &mut out);
+        }
+        if let Some(template) = &self.chat_template {
+            let _ = writeln!(out, "chat_template = {:?}", template.written);
+        }
+        if self.sections.is_empty() {
+            self.write_models(&mut out, "");
+        }
+        for (i, section) in self.sections.iter().enumerate() {
+            let prefix = format!("sections[{i}].");
+            if let Some(module) = &section.module {
+                let _ = writeln!(out, "{prefix}module = {module:?}");
+            }
+            if let Some(layers) = &section.layers {
+                let _ = writeln!(out, "{prefix}layers = {:?} {:?}", layers.ranges, layers.base);
+            }
+            section.config.write_models(&mut out, &prefix);
+        }
+        for axis in self.sweep.iter().flat_map(|sweep| &sweep.axes) {
+            let _ = writeln!(out, "sweep.{} = {:?}", axis.key.dotted(), axis.values);
+        }
+        out
+    }
+
+    fn write_models(&self, out: &mut String, prefix: &str) {
         if let Some(base) = &self.base_model {
-            let _ = writeln!(out, "base_model = {:?}", base.written);
+            let _ = writeln!(out, "{prefix}base_model = {:?}", base.written);
         }
         for (i, model) in self.models.iter().enumerate() {
-            let _ = writeln!(out, "models[{i}].model = {:?}", model.model.written);
+            let _ = writeln!(out, "{prefix}models[{i}].model = {:?}", model.model.written);
             for file in &model.statistics {
                 let written = file.strip_prefix(&self.directory).unwrap_or(file);
-                let _ = writeln!(out, "models[{i}].statistics = {written:?}");
+                let _ = writeln!(out, "{prefix}models[{i}].statistics = {written:?}");
             }
         }
-        write_round(&self.round, &mut out, "");
-        out
+        write_round(&self.round, out, prefix);
+    }
+}
+
+fn write_tokenizer(tokenizer: &TokenizerConfig, out: &mut String) {
+    let source = match &tokenizer.source {
+        TokenizerSource::Union => "union",
+        TokenizerSource::Base => "base",
+        TokenizerSource::Model(model) => &format!("{:?}", model.written),
+    };
+    let _ = writeln!(out, "tokenizer.source = {source}");
+    if let Some(multiple) = tokenizer.pad_to_multiple_of {
+        let _ = writeln!(out, "tokenizer.pad_to_multiple_of = {multiple}");
+    }
+    for (token, rule) in &tokenizer.tokens {
+        let source = match &rule.source {
+            None => "-".to_owned(),
+            Some(EmbeddingSource::Zero) => "zero".to_owned(),
+            Some(EmbeddingSource::Model(model)) => format!("{:?}", model.written),
+            Some(EmbeddingSource::Token { model, token }) => format!("{:?} {token:?}", model.written),
+            Some(EmbeddingSource::TokenId { model, id }) => format!("{:?} {id}", model.written),
+        };
+        let _ = writeln!(out, "tokenizer.tokens[{token:?}] = {source} force {}", rule.force);
     }
 }
 

@@ -184,6 +184,18 @@ impl<'n> Field<'n> {
         }
     }
 
+    /// As [`Field::unknown_value`], of words that are no enum's.
+    pub fn unknown_word(&self, word: &str, expected: &[&'static str]) -> ConfigError {
+        ConfigError::UnknownValue {
+            path: self.path.to_owned(),
+            line: self.value_line(),
+            key: self.key.clone(),
+            value: word.to_owned(),
+            nearest: nearest(word, expected),
+            expected: expected.to_vec(),
+        }
+    }
+
     pub fn unsupported(&self, value: &str, instead: &'static str) -> ConfigError {
         ConfigError::Unsupported {
             path: self.path.to_owned(),

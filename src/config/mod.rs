@@ -3,14 +3,19 @@
 //! opens a checkpoint or a statistics file.
 //!
 //! `yaml` (text → nodes with lines) → `fields` (typed access, errors that name the place) → `parse` (keys →
-//! `schema` types, all checks) → `parameters` (values per tensor) and `canonical` (the text that is hashed).
+//! `schema` types, all checks) → `parameters` (values per tensor) and `canonical` (the text that is hashed). `sweep` makes
+//! several configurations of one, `emit` writes each as YAML again.
 
 mod canonical;
+mod emit;
 mod error;
 mod fields;
 mod parameters;
 mod parse;
 mod schema;
+mod slices;
+mod sweep;
+mod tokenizer;
 mod yaml;
 
 #[cfg(test)]
@@ -22,8 +27,11 @@ pub use error::ConfigError;
 pub use parameters::Parameters;
 pub use schema::{
     DeltaScale, Initial, MergeConfig, Method, ModelEntry, ModelPath, OutDtype, PCG_RIDGE, PreconditionerKind,
-    Round, SolverConfig, SolverMethod, StopConfig, Subspace, TASK_VECTOR_RIDGE, Unmatched,
+    Round, Section, SolverConfig, SolverMethod, StopConfig, Subspace, TASK_VECTOR_RIDGE, Unmatched,
 };
+pub use slices::SliceLayers;
+pub use sweep::{MAX_COMBINATIONS, Sweep, SweepAxis, SweepKey, Variant};
+pub use tokenizer::{ChatTemplate, EmbeddingSource, TokenEmbedding, TokenizerConfig, TokenizerSource};
 
 impl MergeConfig {
     /// Reads and checks the config at `path`. Existence of models and statistics is left to whoever opens

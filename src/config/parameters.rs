@@ -89,6 +89,24 @@ impl Parameters {
         self.entries.insert(name, parameter);
     }
 
+    /// These, and where they decide nothing for a tensor, `below`: one level's values over those of the level around it.
+    pub(super) fn over(mut self, below: Self) -> Self {
+        for (name, mut outer) in below.entries {
+            match self.entries.get_mut(name) {
+                None => {
+                    self.entries.insert(name, outer);
+                }
+                // The first rule that matches decides, so the outer level's simply follow.
+                Some(own) => match (&mut own.value, &mut outer.value) {
+                    (ParameterValue::Number(own), ParameterValue::Number(more)) => own.append(more),
+                    (ParameterValue::Boolean(own), ParameterValue::Boolean(more)) => own.append(more),
+                    _ => {}
+                },
+            }
+        }
+        self
+    }
+
     /// Those entries whose name `keep` wants.
     pub(super) fn filtered(&self, keep: impl Fn(&str) -> bool) -> Self {
         let kept = self.entries.iter().filter(|(name, _)| keep(name));

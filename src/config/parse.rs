@@ -2,15 +2,19 @@
 //! without a tensor is checked here. Called by [`MergeConfig::load`]; opens nothing (it asks whether a bare
 //! word under `initial` exists as a path, no more).
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
 use super::error::ConfigError;
 use super::fields::{Field, Scope};
 use super::parameters::{Parameter, ParameterKind, ParameterSpec, ParameterValue, Parameters, Rule};
 use super::schema::{
-    Initial, MergeConfig, Method, ModelEntry, ModelPath, Round, SolverConfig, SolverMethod, StopConfig,
-    Subspace, Unmatched, Words,
+    Initial, MergeConfig, Method, ModelEntry, ModelPath, Round, Section, SolverConfig, SolverMethod,
+    StopConfig, Subspace, Unmatched, Words,
 };
+use super::slices::{Part, parts};
+use super::sweep;
+use super::tokenizer::{chat_template, tokenizer};
 use super::yaml::{Node, Value, join};
 
 /// Everything the top level may hold.
@@ -26,22 +30,18 @@ const TOP_KEYS: &[&str] = &[
     "solver",
     "unmatched",
     "tokenizer_source",
+    "sweep",
     "name",
+    "slices",
+    "modules",
+    "tokenizer",
+    "chat_template",
 ];
 const NESTED_KEYS: &[&str] = &["merge_method", "parameters", "subspace", "initial", "solver", "unmatched"];
 const MODEL_KEYS: &[&str] = &["model", "statistics", "parameters"];
 const SOLVER_KEYS: &[&str] = &["method", "preconditioner", "max_iterations", "tolerance", "ridge", "stop"];
 const STOP_KEYS: &[&str] = &["objective_decrease", "preconditioned_residual", "relative_residual", "seconds"];
 const RULE_KEYS: &[&str] = &["filter", "value"];
-
-/// Keys with a meaning in mergekit or in the contract that this version does not carry out.
-const UNSUPPORTED_KEYS: &[(&str, &str)] = &[
-    ("slices", "; list whole models under `models`"),
-    ("modules", "; list whole models under `models`"),
-    ("sweep", "; write one config for each merge"),
-    ("tokenizer", "; the base's tokenizer files are copied"),
-    ("chat_template", "; the base's tokenizer files are copied"),
-];
 
 /// mergekit's methods beyond those of [`Method`].
 const UNSUPPORTED_METHODS: &[&str] = &[
@@ -62,16 +62,31 @@ const UNSUPPORTED_METHODS: &[&str] = &[
     "model_stock",
     "nearswap",
     "arcee_fusion",
-    "passthrough",
 ];
+
+/// What every reference to a model is read with.
+pub(super) struct Models<'c> {
+    /// What relative paths are relative to.
+    directory: &'c Path,
+    /// What is accepted and should be known all the same.
+    warnings: RefCell<Vec<String>>,
+}
+
+impl Models<'_> {
+    pub fn warn(&self, path: &Path, line: usize, what: impl std::fmt::Display) {
+        self.warnings.borrow_mut().push(format!("{}:{line}: {what}", path.display()));
+    }
+}
 
 /// What rounds have in common.
 struct Shared<'s> {
-    directory: &'s Path,
+    context: &'s Models<'s>,
     models: &'s [ModelEntry],
     base: Option<&'s ModelPath>,
     /// `models[i].parameters` as written: what a nested round inherits, however deep.
     written: &'s [Option<Field<'s>>],
+    /// `parameters` between a source's and the config's own: the slice's, the module's.
+    levels: &'s [Field<'s>],
 }
 
 pub(super) fn config(path: &Path, text: String, root: Option<&Node>) -> Result<MergeConfig, ConfigError> {
@@ -89,41 +104,105 @@ pub(super) fn config(path: &Path, text: String, root: Option<&Node>) -> Result<M
     // models.
     method(&top)?;
 
-    let (models, written) = models(&top, &directory)?;
-    let base_model = top.field("base_model").map(|field| model_path(&field, &directory)).transpose()?;
-    let tokenizer_source = top.field("tokenizer_source").map(|field| tokenizer_source(&field)).transpose()?;
+    let context = Models { directory: &directory, warnings: RefCell::default() };
+    let base_model = top.field("base_model").map(|field| model_path(&field, &context)).transpose()?;
+    let parts = parts(&top, &context)?;
+    let tokenizer = tokenizer(&top, &context)?;
+    let chat_template = chat_template(&top)?;
     let name = top.field("name").map(|field| field.text("a name").map(str::to_owned)).transpose()?;
     let dtype = top.field("dtype").map(|field| field.word()).transpose()?;
     let out_dtype = top.field("out_dtype").map(|field| field.word()).transpose()?;
-    let shared =
-        Shared { directory: &directory, models: &models, base: base_model.as_ref(), written: &written };
-    let round = shared.round(&top, None)?;
-    Ok(MergeConfig {
+    let mut config = MergeConfig {
         path: path.to_owned(),
         text,
         name,
         base_model,
         dtype,
         out_dtype,
-        round,
-        tokenizer_source,
-        models,
-        directory,
-    })
+        round: Round::placeholder(),
+        tokenizer,
+        chat_template,
+        models: Vec::new(),
+        directory: directory.clone(),
+        sections: Vec::new(),
+        warnings: Vec::new(),
+        sweep: None,
+    };
+    if parts.is_empty() {
+        let (models, written) = models(&top, &context)?;
+        let base = config.base_model.as_ref();
+        let shared = Shared { context: &context, models: &models, base, written: &written, levels: &[] };
+        config.round = shared.round(&top, None)?;
+        config.models = models;
+    } else {
+        sections(&mut config, parts, &top, &context)?;
+    }
+    config.warnings = context.warnings.into_inner();
+    if let Some(field) = top.field("sweep") {
+        if !config.sections.is_empty() {
+            return Err(field
+                .not_allowed("goes over whole models; give it beside `models`, not `slices` or `modules`"));
+        }
+        let variant = |text, root: &Node| self::config(path, text, Some(root));
+        config.sweep = Some(sweep::sweep(&field, &top, &config, variant)?);
+    }
+    Ok(config)
+}
+
+/// Makes each part a config of its own. The whole keeps every model that is named, once, and the round as the first
+/// part has it: for what is said about the merge as a whole.
+fn sections(
+    config: &mut MergeConfig,
+    parts: Vec<Part<'_>>,
+    top: &Scope<'_>,
+    context: &Models<'_>,
+) -> Result<(), ConfigError> {
+    // Without the text and the sections before: copying those for each section would be quadratic.
+    let shell = MergeConfig { text: String::new(), ..config.clone() };
+    let needed = needs_base(top)?;
+    for mut part in parts {
+        let base = part.base(top.path, config.base_model.as_ref(), needed)?;
+        let shared = Shared {
+            context,
+            models: &part.models,
+            base: base.as_ref(),
+            written: &part.written,
+            levels: &part.levels,
+        };
+        let round = shared.round(top, None)?;
+        for entry in &part.models {
+            if !config.models.iter().any(|known| known.model.same(&entry.model)) {
+                config.models.push(entry.clone());
+            }
+        }
+        if config.sections.is_empty() {
+            config.round = round.clone();
+            config.round.model_parameters.clear();
+        }
+        let section = MergeConfig { models: part.models, base_model: base, round, ..shell.clone() };
+        config.sections.push(Section { config: section, module: part.module, layers: part.layers });
+    }
+    Ok(())
+}
+
+/// Whether some round of the config cannot do without a base, or takes one where there is one.
+fn needs_base(scope: &Scope<'_>) -> Result<bool, ConfigError> {
+    let (method, _) = method(scope)?;
+    let is = |key: &str, word: &str| {
+        scope.field(key).is_some_and(|field| field.text("a word").is_ok_and(|text| text == word))
+    };
+    let nested = match scope.field("initial") {
+        Some(field) if field.is_mapping() => needs_base(&field.scope("a nested config")?)?,
+        _ => false,
+    };
+    Ok(method.needs_base()
+        || method == Method::Mats
+        || is("unmatched", "base")
+        || is("initial", "base")
+        || nested)
 }
 
 fn check_top_keys(top: &Scope<'_>) -> Result<(), ConfigError> {
-    for entry in top.entries {
-        if let Some(&(_, instead)) = UNSUPPORTED_KEYS.iter().find(|(key, _)| *key == entry.key) {
-            return Err(ConfigError::Unsupported {
-                path: top.path.to_owned(),
-                line: entry.line,
-                key: entry.key.clone(),
-                value: entry.key.clone(),
-                instead,
-            });
-        }
-    }
     top.check_keys(TOP_KEYS, belongs)
 }
 
@@ -157,9 +236,9 @@ fn method(scope: &Scope<'_>) -> Result<(Method, usize), ConfigError> {
 }
 
 /// The models, and each one's `parameters` as written: their meaning depends on the round that reads them.
-fn models<'n>(
+pub(super) fn models<'n>(
     top: &Scope<'n>,
-    directory: &Path,
+    context: &Models<'_>,
 ) -> Result<(Vec<ModelEntry>, Vec<Option<Field<'n>>>), ConfigError> {
     let Some(field) = top.field("models") else {
         return Err(top.missing("models", "it lists the checkpoints to merge"));
@@ -176,9 +255,9 @@ fn models<'n>(
         let Some(model) = scope.field("model") else {
             return Err(scope.missing("model", "every item of `models` names a checkpoint"));
         };
-        let model = model_path(&model, directory)?;
+        let model = model_path(&model, context)?;
         let statistics = match scope.field("statistics") {
-            Some(field) => statistics(&field, directory)?,
+            Some(field) => statistics(&field, context.directory)?,
             None => Vec::new(),
         };
         models.push(ModelEntry { model, statistics, line: item.line });
@@ -193,14 +272,55 @@ fn statistics(field: &Field<'_>, directory: &Path) -> Result<Vec<PathBuf>, Confi
     items.iter().map(|item| resolve(item, item.text(EXPECTED)?, directory)).collect()
 }
 
-fn model_path(field: &Field<'_>, directory: &Path) -> Result<ModelPath, ConfigError> {
-    let written = field.text("the path of a checkpoint as a string")?;
-    // mergekit's `+` always starts an adapter; a path that holds one is not guessed at.
-    if written.contains('+') {
-        return Err(field.unsupported(written, "; merge the adapter after `+` into its base first"));
+/// mergekit's grammar: `path`, `path+lora_path`, or `{model: {path}, lora: {path}}`.
+pub(super) fn model_path(field: &Field<'_>, context: &Models<'_>) -> Result<ModelPath, ConfigError> {
+    const EXPECTED: &str = "the path of a checkpoint, or `{model: …, lora: …}`";
+    let line = field.value_line();
+    if field.is_mapping() {
+        let scope = field.scope(EXPECTED)?;
+        scope.check_keys(&["model", "lora", "override_architecture"], |_| None)?;
+        let Some(model) = scope.field("model") else {
+            return Err(scope.missing("model", "it names the checkpoint"));
+        };
+        if let Some(unread) = scope.field("override_architecture") {
+            let what = format!("{}: changes nothing: layers are told by the tensors' names", unread.key);
+            context.warn(unread.path, unread.line, what);
+        }
+        let (model, lora) = (path_only(&model)?, scope.field("lora").map(|f| path_only(&f)).transpose()?);
+        let path = resolve(field, model, context.directory)?;
+        let adapter = lora.map(|lora| resolve(field, lora, context.directory)).transpose()?;
+        let written = lora.map_or_else(|| model.to_owned(), |lora| format!("{model}+{lora}"));
+        return Ok(ModelPath { written, path, adapter, line });
     }
-    let path = resolve(field, written, directory)?;
-    Ok(ModelPath { written: written.to_owned(), path, line: field.value_line() })
+    let written = field.text(EXPECTED)?;
+    // As in mergekit `+` always starts an adapter; a path that holds one is not guessed at.
+    let mut chunks = written.split('+');
+    let (path, adapter, more) = (chunks.next().unwrap_or_default(), chunks.next(), chunks.next());
+    if more.is_some() || path.is_empty() || adapter.is_some_and(str::is_empty) {
+        return Err(field.wrong_type("`path` or `path+adapter_path`"));
+    }
+    let adapter = adapter.map(|adapter| resolve(field, adapter, context.directory)).transpose()?;
+    let path = resolve(field, path, context.directory)?;
+    Ok(ModelPath { written: written.to_owned(), path, adapter, line })
+}
+
+/// `path`, or `{path}`.
+fn path_only<'n>(field: &Field<'n>) -> Result<&'n str, ConfigError> {
+    const EXPECTED: &str = "a path, or `{path: …}`";
+    if !field.is_mapping() {
+        return field.text(EXPECTED);
+    }
+    let scope = field.scope(EXPECTED)?;
+    scope.check_keys(&["path", "revision"], |_| None)?;
+    if let Some(revision) = scope.field("revision") {
+        return Err(
+            revision.not_allowed("nothing is downloaded here; give the directory of that revision as `path`")
+        );
+    }
+    match scope.field("path") {
+        Some(path) => path.text("a path"),
+        None => Err(scope.missing("path", "it says where the files are")),
+    }
 }
 
 /// Joins a path as written to the config's directory.
@@ -212,13 +332,6 @@ fn resolve(field: &Field<'_>, written: &str, directory: &Path) -> Result<PathBuf
     if directory == Path::new(".") { Ok(PathBuf::from(written)) } else { Ok(directory.join(written)) }
 }
 
-fn tokenizer_source(field: &Field<'_>) -> Result<String, ConfigError> {
-    match field.text("`base`")? {
-        "base" => Ok("base".to_owned()),
-        other => Err(field.unsupported(other, "; `base` copies the base's tokenizer")),
-    }
-}
-
 impl Shared<'_> {
     /// Reads a round; `outer` is the round that it starts, `None` at the top level.
     fn round(&self, scope: &Scope<'_>, outer: Option<Unmatched>) -> Result<Round, ConfigError> {
@@ -228,6 +341,12 @@ impl Shared<'_> {
             Some(field) => parameters(&field, method, false)?,
             None => Parameters::default(),
         };
+        // What a slice or module sets stands before the config's own; nested rounds stand for themselves.
+        let levels = if outer.is_none() { self.levels } else { &[] };
+        let parameters = levels
+            .iter()
+            .rev()
+            .try_fold(parameters, |below, level| Ok(self::parameters(level, method, false)?.over(below)))?;
         let model_parameters = self.model_parameters(method, &parameters, outer.is_some())?;
         let unmatched = match scope.field("unmatched") {
             Some(field) => {
@@ -246,6 +365,14 @@ impl Shared<'_> {
         if method.needs_base() {
             self.need_base(scope, line, &format!("`{}`", method.name()))?;
         }
+        if method == Method::Passthrough && self.models.len() != 1 {
+            return Err(ConfigError::NotAllowed {
+                path: scope.path.to_owned(),
+                line: self.models.get(1).map_or(line, |model| model.line),
+                key: join(&scope.key, "merge_method"),
+                why: format!("`passthrough` copies one model (got {})", self.models.len()),
+            });
+        }
         if method == Method::Mats && matches!(subspace, Subspace::DeltaGram(_)) {
             let line = scope.field("subspace").map_or(line, |field| field.line);
             self.need_base(scope, line, "`subspace: delta_gram`")?;
@@ -262,7 +389,7 @@ impl Shared<'_> {
             (Some(field), Some(fixed)) => {
                 field.word::<Subspace>()?;
                 let why = match method {
-                    Method::Linear | Method::TaskArithmetic => {
+                    Method::Linear | Method::TaskArithmetic | Method::Passthrough => {
                         format!("`{}` has no subspace; `merge_method: mats` has", method.name())
                     }
                     _ => format!(
@@ -325,7 +452,7 @@ impl Shared<'_> {
                 Ok(Initial::Base)
             }
             _ => {
-                let model = model_path(&field, self.directory)?;
+                let model = model_path(&field, self.context)?;
                 // A bare word that is no path is a misspelt keyword rather than a checkpoint gone missing.
                 let is_path = word.contains('/') || word.ends_with(".safetensors") || model.path.exists();
                 if is_path {
@@ -339,6 +466,9 @@ impl Shared<'_> {
 
     fn check_nested_keys(&self, inner: &Scope<'_>) -> Result<(), ConfigError> {
         for entry in inner.entries {
+            if entry.key == "sweep" {
+                return Err(sweep::refuse_nested(inner.path, join(&inner.key, &entry.key), entry.line));
+            }
             if TOP_KEYS.contains(&entry.key.as_str()) && !NESTED_KEYS.contains(&entry.key.as_str()) {
                 return Err(ConfigError::NotAllowed {
                     path: inner.path.to_owned(),
@@ -405,7 +535,7 @@ impl Shared<'_> {
         }
         let mut sum = 0.0;
         for (i, model) in self.models.iter().enumerate() {
-            if round.skips_base() && self.base.is_some_and(|base| base.path == model.model.path) {
+            if round.skips_base() && self.base.is_some_and(|base| base.same(&model.model)) {
                 continue;
             }
             match uniform_weight(round, i) {
@@ -417,7 +547,7 @@ impl Shared<'_> {
             return Ok(());
         }
         let all_skipped = round.skips_base()
-            && self.models.iter().all(|model| self.base.is_some_and(|base| base.path == model.model.path));
+            && self.models.iter().all(|model| self.base.is_some_and(|base| base.same(&model.model)));
         if all_skipped {
             return Ok(());
         }

@@ -4,6 +4,9 @@
 use std::path::PathBuf;
 
 use super::parameters::{ParameterSpec, Parameters, Range};
+use super::slices::SliceLayers;
+use super::sweep::Sweep;
+use super::tokenizer::{ChatTemplate, TokenizerConfig};
 
 /// A whole configuration, checked as far as that needs no tensor.
 #[derive(Debug, Clone)]
@@ -24,8 +27,27 @@ pub struct MergeConfig {
     pub out_dtype: Option<OutDtype>,
     /// The outermost round; its `initial` may hold nested ones.
     pub round: Round,
-    /// `Some("base")` or absent: the base's tokenizer files are copied either way.
-    pub tokenizer_source: Option<String>,
+    /// Several merges in one run; `round` is then the file without it.
+    pub sweep: Option<Sweep>,
+    /// How vocabularies are brought together; `None`: the base's tokenizer files are copied.
+    pub tokenizer: Option<TokenizerConfig>,
+    pub chat_template: Option<ChatTemplate>,
+    /// The parts of `slices` or `modules`, in the order of the output; empty for `models`. Then `models` here has every
+    /// model that is named, once, and `round` is the first section's.
+    pub sections: Vec<Section>,
+    /// What was accepted and should be known all the same, one line each.
+    pub warnings: Vec<String>,
+}
+
+/// A part of the output that is merged on its own.
+#[derive(Debug, Clone)]
+pub struct Section {
+    /// Its models, base and round; the parameters of slice, module and config are one there. Has no sections.
+    pub config: MergeConfig,
+    /// Whose tensors, by the module's name; `None`: the model's.
+    pub module: Option<String>,
+    /// `None`: whole models.
+    pub layers: Option<SliceLayers>,
 }
 
 impl MergeConfig {
@@ -54,8 +76,17 @@ pub struct ModelPath {
     pub written: String,
     /// Joined to the config's directory; existence is checked by whoever opens it.
     pub path: PathBuf,
+    /// A PEFT adapter that is added to it, joined likewise.
+    pub adapter: Option<PathBuf>,
     /// Line of the config, from 1.
     pub line: usize,
+}
+
+impl ModelPath {
+    /// Whether both name one model, wherever they are written.
+    pub fn same(&self, other: &Self) -> bool {
+        self.path == other.path && self.adapter == other.adapter
+    }
 }
 
 /// One item of `models`.
@@ -87,6 +118,28 @@ pub struct Round {
 }
 
 impl Round {
+    /// What stands in a config until its own round is read.
+    pub(super) fn placeholder() -> Self {
+        Self {
+            method: Method::Linear,
+            subspace: Subspace::Auto,
+            initial: Initial::Auto,
+            solver: SolverConfig {
+                method: SolverMethod::Auto,
+                preconditioner: None,
+                max_iterations: None,
+                tolerance: None,
+                ridge: None,
+                stop: None,
+                line: 0,
+            },
+            unmatched: Unmatched::Average,
+            parameters: Parameters::default(),
+            model_parameters: Vec::new(),
+            line: 0,
+        }
+    }
+
     /// The number `name` for one tensor: the model's value, else this round's own, else `None`: the caller's
     /// default applies. A filter list without a match counts as not given.
     ///
@@ -113,6 +166,11 @@ impl Round {
     /// Factor λ of the off-diagonal entries of a model's Cᵢ, in [0, 1]; 1.0 unless given.
     pub fn off_diagonal(&self, model: usize, tensor: &str, t: f64) -> f64 {
         self.number(Some(model), "off_diagonal", tensor, t).unwrap_or(1.0)
+    }
+
+    /// Factor of a model's values (`passthrough`); 1.0 unless given.
+    pub fn scale(&self, model: usize, tensor: &str, t: f64) -> f64 {
+        self.number(Some(model), "scale", tensor, t).unwrap_or(1.0)
     }
 
     /// Scale of the summed task vectors (`task_arithmetic`); 1.0 unless given.
@@ -191,6 +249,7 @@ words!(OutDtype {
 pub enum Method {
     Linear,
     TaskArithmetic,
+    Passthrough,
     Fisher,
     Regmean,
     Wudi,
@@ -201,6 +260,7 @@ pub enum Method {
 words!(Method {
     "linear" => Self::Linear,
     "task_arithmetic" => Self::TaskArithmetic,
+    "passthrough" => Self::Passthrough,
     "fisher" => Self::Fisher,
     "regmean" => Self::Regmean,
     "wudi" => Self::Wudi,
@@ -212,7 +272,7 @@ impl Method {
     /// Whether it solves a system (Σ wᵢ Cᵢ) θ = Σ wᵢ Cᵢ θᵢ, so that `initial`, `solver` and `off_diagonal`
     /// mean something and weights must not be negative.
     pub fn solves(self) -> bool {
-        !matches!(self, Self::Linear | Self::TaskArithmetic)
+        !matches!(self, Self::Linear | Self::TaskArithmetic | Self::Passthrough)
     }
 
     /// Whether it cannot do without `base_model`, whatever the subspace.
@@ -224,7 +284,7 @@ impl Method {
     /// arithmetic weighs all directions alike.
     pub fn fixed_subspace(self) -> Option<Subspace> {
         match self {
-            Self::Linear | Self::TaskArithmetic => Some(Subspace::Identity),
+            Self::Linear | Self::TaskArithmetic | Self::Passthrough => Some(Subspace::Identity),
             Self::Fisher => Some(Subspace::FisherDiagonal),
             Self::Regmean => Some(Subspace::Gram),
             Self::Wudi => Some(Subspace::DeltaGram(DeltaScale::InverseSquaredNorm)),
@@ -246,7 +306,9 @@ impl Method {
             ParameterSpec::number("weight", Range::NonNegative).per_model(),
             ParameterSpec::number("off_diagonal", Range::Unit).per_model(),
         ];
+        const PASSTHROUGH: &[ParameterSpec] = &[ParameterSpec::number("scale", Range::Any).per_model()];
         match self {
+            Self::Passthrough => PASSTHROUGH,
             Self::Linear => LINEAR,
             Self::TaskArithmetic => TASK_ARITHMETIC,
             _ => SOLVED,

@@ -1,6 +1,7 @@
 //! Tests of the configuration as a whole: what is read and what it means.
 
 mod refusals;
+mod sections;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -66,7 +67,7 @@ fn the_contracts_example() {
     );
     assert_eq!((config.dtype, config.out_dtype), (Some(OutDtype::Float32), Some(OutDtype::Bfloat16)));
     assert_eq!(config.output_dtype(), Some(OutDtype::Bfloat16));
-    assert_eq!(config.tokenizer_source.as_deref(), Some("base"));
+    assert_eq!(config.tokenizer.as_ref().map(|tokenizer| &tokenizer.source), Some(&TokenizerSource::Base));
 
     let round = &config.round;
     assert_eq!(
@@ -340,6 +341,7 @@ merge_method: mats
         "\
 mats-stream-config/1
 output_dtype = bfloat16
+tokenizer.source = base
 base_model = \"models/base\"
 models[0].model = \"models/paws\"
 models[0].statistics = \"stats/paws.safetensors\"
@@ -421,4 +423,47 @@ proptest! {
         let value = round.weight(0, "x", t);
         prop_assert!(value >= low - 1e-12 && value <= high + 1e-12);
     }
+}
+
+#[test]
+fn a_sweep_is_the_product_of_its_lists() {
+    let text = "# comment\nmerge_method: mats\nname: \"a # b\"\nbase_model: b\nsolver: {method: cg, ridge: 9, tolerance: 1e-3}\n\
+                models: [{model: a, statistics: [s, t]}, {model: 'c: d', statistics: u}]\n\
+                initial: {merge_method: task_arithmetic, parameters: {weight: 0.3, lambda: [1, {filter: x, value: 2}]}}\n\
+                sweep: {ridge: [1.0e-4, 2], parameters.off_diagonal: [0.90, 1.0]}\n"
+        .replace("[1, {filter: x, value: 2}]", "[{filter: x, value: 2}, {filter: '*', value: [0.5, 1]}]");
+    let config = ok(&text);
+    assert_eq!((config.round.solver.ridge, config.text.as_str()), (Some(9.0), text.as_str()));
+    let sweep = config.sweep.as_ref().expect("given");
+    let names: Vec<_> = sweep.variants.iter().map(|v| v.name.as_str()).collect();
+    assert_eq!(
+        names,
+        [
+            "ridge=0.0001,off_diagonal=0.9",
+            "ridge=0.0001,off_diagonal=1",
+            "ridge=2,off_diagonal=0.9",
+            "ridge=2,off_diagonal=1"
+        ]
+    );
+    for variant in &sweep.variants {
+        let [(SweepKey::Ridge, ridge), (SweepKey::OffDiagonal, off_diagonal)] = variant.values[..] else {
+            panic!("{:?}", variant.values)
+        };
+        let own = &variant.config;
+        assert!(own.sweep.is_none());
+        assert_eq!((own.round.solver.ridge, own.round.solver.tolerance), (Some(ridge), Some(1e-3)));
+        assert_eq!(own.round.off_diagonal(0, "x", 0.0), off_diagonal);
+        assert_eq!((own.models.len(), own.name.as_deref()), (2, Some("a # b")));
+        assert_eq!(own.models[1].model.written, "c: d");
+        // Its text means the same, wherever it is read.
+        let again = ok(&own.text);
+        assert_eq!(again.canonical_hash_input(), own.canonical_hash_input());
+        assert_ne!(again.canonical_hash_input(), config.canonical_hash_input());
+        assert!(matches!(&again.round.initial, Initial::Nested(inner)
+            if inner.lambda("x", 0.0) == 2.0 && inner.lambda("y", 1.0) == 1.0));
+    }
+    // One key may be swept without a mapping to stand in.
+    let config = ok(&format!("merge_method: linear\n{MODELS}sweep: {{weight: [2]}}"));
+    let sweep = config.sweep.expect("given");
+    assert_eq!((sweep.variants.len(), sweep.variants[0].config.round.weight(1, "x", 0.0)), (1, 2.0));
 }

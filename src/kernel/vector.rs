@@ -89,10 +89,20 @@ pub fn squared_norm_of_sum<T: Real>(x: &[T], y: &[T], threading: Threading) -> f
     sum_pieces(len, threading, |k| {
         let range = k * PIECE..((k + 1) * PIECE).min(len);
         let (x, y) = (&x[range.clone()], &y[range]);
-        sum_lanes(x.len(), |i| {
-            let s = x[i].to_f64() + y[i].to_f64();
-            s * s
-        })
+        dispatch(
+            #[inline(always)]
+            || {
+                let y = &y[..x.len()];
+                sum_lanes(
+                    x.len(),
+                    #[inline(always)]
+                    |i| {
+                        let s = x[i].to_f64() + y[i].to_f64();
+                        s * s
+                    },
+                )
+            },
+        )
     })
 }
 

@@ -13,8 +13,8 @@ use super::elementwise::Scratch;
 use super::iterative::{BlockContext, IterativeMemory, SharedFactors, SolveDetail, SolveOutcome};
 use super::resolve::gram_key;
 use super::{
-    MergeError, PIECE, Recipe, Solve, SolverChoice, Start, System, iterative, merge_elementwise, refined,
-    two_term,
+    GramKind, MergeError, PIECE, Recipe, Solve, SolverChoice, Start, System, iterative, merge_elementwise,
+    refined, two_term,
 };
 use crate::kernel::{Buffer, Real, Threading};
 use crate::solve::StopReason;
@@ -68,8 +68,10 @@ type EmitTyped<'a, T> = dyn Fn(usize, &[T]) -> Result<(), MergeError> + Sync + '
 /// State that the tensors of one unit share.
 #[derive(Default)]
 pub struct Shared {
-    factors: SharedFactors,
+    pub(super) factors: SharedFactors,
     grams: HashMap<String, GramDirect>,
+    /// Of the last step of a sweep's variants.
+    pub(super) swept: Option<super::sweep::Swept>,
 }
 
 /// Merges one tensor. `wide` asks for f64 arithmetic in elementwise merges (f64 outputs). `share` keeps factored Grams in
@@ -97,68 +99,95 @@ pub fn merge_block(
         Strategy::Stages(stages) => {
             let mut source = Source::Start(&recipe.start);
             let mut outcomes = Vec::new();
-            let mut k = 0;
-            while k < stages.len() {
-                // Direct stages in a row pass tiles of rows on to each other.
-                let mut end = k;
-                while end < stages.len() && matches!(stages[end], Stage::Direct(_) | Stage::Diagonal) {
-                    end += 1;
-                }
-                if end == k {
-                    end = k + 1;
-                }
-                let last = end == stages.len();
-                let run = k..end;
-                let (next, mut found) = match stages[k] {
-                    Stage::Direct(_) | Stage::Diagonal => rows_run(
-                        context,
-                        &recipe.solves[run.clone()],
-                        &stages[run],
-                        &source,
-                        last.then_some(emit),
-                        share,
-                        shared,
-                    )?,
-                    Stage::Iterative(memory) => {
-                        let x0 =
-                            std::mem::replace(&mut source, Source::Start(&Start::Zero)).whole(context)?;
-                        let mut d = Buffer::<f32>::zeroed(x0.len());
-                        let solve = &recipe.solves[k];
-                        let outcome =
-                            iterative::solve_block(context, solve, memory, &x0, &mut d, &mut shared.factors)?;
-                        (finish_displacement(context, x0, &d, last.then_some(emit))?, vec![outcome])
-                    }
-                    Stage::TwoTerm => wide_run(context, &source, last.then_some(emit), &mut |x| {
-                        two_term::solve_block(context, &recipe.solves[k], x)
-                    })?,
-                    Stage::Refined(memory) => {
-                        let solve = &recipe.solves[k];
-                        let SolverChoice::Iterative(iteration) = &solve.solver else {
-                            unreachable!("only an iteration is refined")
-                        };
-                        wide_run(context, &source, last.then_some(emit), &mut |x| {
-                            refined::solve_block(context, solve, iteration, memory, x, &mut shared.factors)
-                        })?
-                    }
-                };
+            for run in runs(stages) {
+                let last = (run.end == stages.len()).then_some(emit);
+                let (next, mut found) = stages_run(
+                    context,
+                    &recipe.solves[run.clone()],
+                    &stages[run],
+                    source,
+                    last,
+                    share,
+                    shared,
+                )?;
                 outcomes.append(&mut found);
                 source = Source::Whole(next);
-                k = end;
             }
             Ok(outcomes)
         }
     }
 }
 
+/// Which stages go together: direct stages in a row pass tiles of rows on to each other.
+pub(super) fn runs(stages: &[Stage]) -> Vec<Range<usize>> {
+    let rows = |stage: &Stage| matches!(stage, Stage::Direct(_) | Stage::Diagonal);
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (k, stage) in stages.iter().enumerate() {
+        match runs.last_mut() {
+            Some(run) if rows(stage) && rows(&stages[run.start]) => run.end = k + 1,
+            _ => runs.push(k..k + 1),
+        }
+    }
+    runs
+}
+
+/// One of [`runs`]: from the result before it to its own, which is emitted or given back.
+pub(super) fn stages_run(
+    context: &BlockContext<'_>,
+    solves: &[Solve],
+    stages: &[Stage],
+    source: Source<'_>,
+    emit: Option<&Emit<'_>>,
+    share: bool,
+    shared: &mut Shared,
+) -> Result<(Buffer<f32>, Vec<SolveOutcome>), MergeError> {
+    match stages[0] {
+        Stage::Direct(_) | Stage::Diagonal => rows_run(context, solves, stages, &source, emit, share, shared),
+        Stage::Iterative(memory) => {
+            let x0 = source.whole(context)?;
+            let mut d = Buffer::<f32>::zeroed(x0.len());
+            let outcome =
+                iterative::solve_block(context, &solves[0], memory, &x0, &mut d, &mut shared.factors)?;
+            let whole = match emit {
+                Some(emit) => {
+                    emit_displaced(context, &x0, &d, emit)?;
+                    Buffer::zeroed(0)
+                }
+                None => displaced(context, x0, &d),
+            };
+            Ok((whole, vec![outcome]))
+        }
+        Stage::TwoTerm | Stage::Refined(_) => {
+            wide_run(context, &source, emit, &mut |x| wide_solve(context, &solves[0], stages[0], x, shared))
+        }
+    }
+}
+
+/// A solve of the whole block in f64: replaces the initial guess in `x`.
+pub(super) fn wide_solve(
+    context: &BlockContext<'_>,
+    solve: &Solve,
+    stage: Stage,
+    x: &mut [f64],
+    shared: &mut Shared,
+) -> Result<SolveOutcome, MergeError> {
+    match (stage, &solve.solver) {
+        (Stage::Refined(memory), SolverChoice::Iterative(iteration)) => {
+            refined::solve_block(context, solve, iteration, memory, x, &mut shared.factors)
+        }
+        _ => two_term::solve_block(context, solve, x),
+    }
+}
+
 /// The result of the stage before.
-enum Source<'a> {
+pub(super) enum Source<'a> {
     Start(&'a Start),
     Whole(Buffer<f32>),
 }
 
 impl Source<'_> {
     /// All of it in f32, for a stage that needs the whole block.
-    fn whole(self, context: &BlockContext<'_>) -> Result<Buffer<f32>, MergeError> {
+    pub fn whole(self, context: &BlockContext<'_>) -> Result<Buffer<f32>, MergeError> {
         match self {
             Source::Start(start) => {
                 let mut x = Buffer::<f32>::zeroed(context.shape.elements());
@@ -170,7 +199,7 @@ impl Source<'_> {
     }
 
     /// Elements `first..` in f64.
-    fn read(&self, context: &BlockContext<'_>, first: usize, x: &mut [f64]) -> Result<(), MergeError> {
+    pub fn read(&self, context: &BlockContext<'_>, first: usize, x: &mut [f64]) -> Result<(), MergeError> {
         match self {
             Source::Start(start) => fill(context, start, first, x, |v| v),
             Source::Whole(values) => {
@@ -216,20 +245,18 @@ fn fill<T: Real>(
     }
 }
 
-fn tiles(len: usize, tile: usize) -> Vec<Range<usize>> {
+pub(super) fn tiles(len: usize, tile: usize) -> Vec<Range<usize>> {
     (0..len).step_by(tile.max(1)).map(|k| k..(k + tile).min(len)).collect()
 }
 
 /// Runs `work` on every tile, side by side where the context allows.
-fn for_tiles<R: Send>(
+pub(super) fn for_tiles<R: Send>(
     context: &BlockContext<'_>,
     tiles: Vec<Range<usize>>,
     work: impl Fn(Range<usize>) -> Result<R, MergeError> + Sync + Send,
 ) -> Result<Vec<R>, MergeError> {
     let work = |range| {
-        if context.cancel.load(std::sync::atomic::Ordering::Relaxed) {
-            return Err(MergeError::Cancelled);
-        }
+        context.check_cancelled()?;
         work(range)
     };
     match context.threading {
@@ -306,7 +333,7 @@ fn closed_form_tiles(
         .collect())
 }
 
-fn elementwise_system(
+pub(super) fn elementwise_system(
     context: &BlockContext<'_>,
     solve: &Solve,
 ) -> Result<(DiagonalSystem, f64), MergeError> {
@@ -320,7 +347,7 @@ fn elementwise_system(
 }
 
 /// One outcome a piece, so that their sum does not depend on the tiles. `first` is a multiple of the piece.
-fn solve_elements(
+pub(super) fn solve_elements(
     context: &BlockContext<'_>,
     system: &DiagonalSystem,
     shift: f64,
@@ -343,7 +370,7 @@ fn solve_elements(
         .collect()
 }
 
-fn elementwise_outcome<'p>(pieces: impl Iterator<Item = &'p DiagonalOutcome>) -> SolveOutcome {
+pub(super) fn elementwise_outcome<'p>(pieces: impl Iterator<Item = &'p DiagonalOutcome>) -> SolveOutcome {
     let (mut initial, mut decrease) = (0.0, 0.0);
     for piece in pieces {
         initial += piece.objective_initial;
@@ -361,6 +388,118 @@ fn elementwise_outcome<'p>(pieces: impl Iterator<Item = &'p DiagonalOutcome>) ->
     }
 }
 
+/// One direct stage of a run, ready to take rows.
+pub(super) enum Prepared {
+    /// A factored Gram of this tensor alone.
+    Gram(GramDirect),
+    /// One that other tensors of the unit share, by its key.
+    Shared(String),
+    /// An elementwise division and its ridge.
+    Elements(DiagonalSystem, f64),
+}
+
+/// What the tiles of one stage told, in order.
+#[derive(Default)]
+pub(super) struct Parts {
+    grams: Vec<DirectOutcome>,
+    elements: Vec<DiagonalOutcome>,
+}
+
+impl Parts {
+    /// Those of one more tile of a Gram solved elsewhere.
+    pub fn extend_gram(&mut self, parts: Vec<DirectOutcome>) {
+        self.grams.extend(parts);
+    }
+}
+
+impl Prepared {
+    /// Readies the stages of a run, and gives the rows that go through all of them at a time.
+    pub fn of_run(
+        context: &BlockContext<'_>,
+        solves: &[Solve],
+        stages: &[Stage],
+        share: bool,
+        shared: &mut Shared,
+    ) -> Result<(Vec<Self>, usize), MergeError> {
+        let mut tile_rows = context.shape.out_features;
+        let mut prepared = Vec::with_capacity(solves.len());
+        for (solve, stage) in solves.iter().zip(stages) {
+            match (stage, solve.system) {
+                (Stage::Direct(memory), System::Gram(kind)) => {
+                    tile_rows = tile_rows.min(memory.tile_rows);
+                    // Only what several tensors really share is kept after this one.
+                    match gram_key(context.inputs, context.tensor, solve).filter(|_| share) {
+                        Some(key) => {
+                            if !shared.grams.contains_key(&key) {
+                                let gram = prepare_gram(context, solve, kind, *memory)?;
+                                shared.grams.insert(key.clone(), gram);
+                            }
+                            prepared.push(Self::Shared(key));
+                        }
+                        None => prepared.push(Self::Gram(prepare_gram(context, solve, kind, *memory)?)),
+                    }
+                }
+                _ => {
+                    let (system, shift) = elementwise_system(context, solve)?;
+                    prepared.push(Self::Elements(system, shift));
+                }
+            }
+        }
+        Ok((prepared, tile_rows))
+    }
+
+    /// Replaces the initial guess in `x`, rows `first_row..`, by this stage's solution.
+    pub fn solve(
+        &self,
+        context: &BlockContext<'_>,
+        shared: &Shared,
+        first_row: usize,
+        x: &mut [f64],
+        parts: &mut Parts,
+    ) -> Result<(), MergeError> {
+        let gram = match self {
+            Self::Elements(system, shift) => {
+                let first = first_row * context.shape.in_features;
+                parts.elements.extend(solve_elements(context, system, *shift, first, x)?);
+                return Ok(());
+            }
+            Self::Gram(gram) => gram,
+            Self::Shared(key) => &shared.grams[key],
+        };
+        parts.grams.extend(gram.solve_rows(context.inputs, context.tensor, first_row, x, context.tally)?);
+        Ok(())
+    }
+
+    /// Sums over the tiles.
+    pub fn outcome(&self, shared: &Shared, parts: &Parts) -> SolveOutcome {
+        match self {
+            Self::Elements(..) => elementwise_outcome(parts.elements.iter()),
+            Self::Gram(gram) => direct_outcome(gram, parts),
+            Self::Shared(key) => direct_outcome(&shared.grams[key], parts),
+        }
+    }
+}
+
+/// Forms and factors one tensor's Gram system.
+pub(super) fn prepare_gram(
+    context: &BlockContext<'_>,
+    solve: &Solve,
+    kind: GramKind,
+    memory: DirectMemory,
+) -> Result<GramDirect, MergeError> {
+    GramDirect::prepare(
+        context.inputs,
+        solve,
+        kind,
+        context.tensor,
+        context.shape.out_features,
+        context.shape.in_features,
+        memory,
+        context.threading,
+        context.tally,
+    )
+}
+
 /// A run of direct stages: rows go through all of them tile by tile.
 fn rows_run(
     context: &BlockContext<'_>,
@@ -371,84 +510,18 @@ fn rows_run(
     share: bool,
     shared: &mut Shared,
 ) -> Result<(Buffer<f32>, Vec<SolveOutcome>), MergeError> {
-    enum Prepared {
-        Gram(GramDirect),
-        Shared(String),
-        Elements(DiagonalSystem, f64),
-    }
     let (rows, columns) = (context.shape.out_features, context.shape.in_features);
-    let mut prepared = Vec::new();
-    let mut tile_rows = rows;
-    for (solve, stage) in solves.iter().zip(stages) {
-        match (stage, solve.system) {
-            (Stage::Direct(memory), System::Gram(kind)) => {
-                tile_rows = tile_rows.min(memory.tile_rows);
-                let make = || {
-                    GramDirect::prepare(
-                        context.inputs,
-                        solve,
-                        kind,
-                        context.tensor,
-                        rows,
-                        columns,
-                        *memory,
-                        context.threading,
-                        context.tally,
-                    )
-                };
-                // Only what several tensors really share is kept after this one.
-                match gram_key(context.inputs, context.tensor, solve).filter(|_| share) {
-                    Some(key) => {
-                        if !shared.grams.contains_key(&key) {
-                            shared.grams.insert(key.clone(), make()?);
-                        }
-                        prepared.push(Prepared::Shared(key));
-                    }
-                    None => prepared.push(Prepared::Gram(make()?)),
-                }
-            }
-            _ => {
-                let (system, shift) = elementwise_system(context, solve)?;
-                prepared.push(Prepared::Elements(system, shift));
-            }
-        }
-    }
+    let (prepared, tile_rows) = Prepared::of_run(context, solves, stages, share, shared)?;
     let mut whole = Buffer::<f32>::zeroed(if emit.is_some() { 0 } else { rows * columns });
-    let mut grams: Vec<Vec<DirectOutcome>> = vec![Vec::new(); prepared.len()];
-    let mut elements: Vec<Vec<DiagonalOutcome>> = vec![Vec::new(); prepared.len()];
+    let mut parts: Vec<Parts> = prepared.iter().map(|_| Parts::default()).collect();
     let mut x = Buffer::<f64>::zeroed(tile_rows.min(rows) * columns);
     for tile in tiles(rows, tile_rows) {
-        if context.cancel.load(std::sync::atomic::Ordering::Relaxed) {
-            return Err(MergeError::Cancelled);
-        }
+        context.check_cancelled()?;
         let first = tile.start * columns;
         let x = &mut x[..tile.len() * columns];
         source.read(context, first, x)?;
-        for (k, stage) in prepared.iter().enumerate() {
-            match stage {
-                Prepared::Gram(gram) => {
-                    grams[k].extend(gram.solve_rows(
-                        context.inputs,
-                        context.tensor,
-                        tile.start,
-                        x,
-                        context.tally,
-                    )?);
-                }
-                Prepared::Shared(key) => {
-                    let gram = &shared.grams[key];
-                    grams[k].extend(gram.solve_rows(
-                        context.inputs,
-                        context.tensor,
-                        tile.start,
-                        x,
-                        context.tally,
-                    )?);
-                }
-                Prepared::Elements(system, shift) => {
-                    elements[k].extend(solve_elements(context, system, *shift, first, x)?);
-                }
-            }
+        for (stage, parts) in prepared.iter().zip(&mut parts) {
+            stage.solve(context, shared, tile.start, x, parts)?;
         }
         match emit {
             Some(emit) => emit_all(context, first, x, emit)?,
@@ -459,19 +532,12 @@ fn rows_run(
             }
         }
     }
-    let outcomes = prepared
-        .iter()
-        .enumerate()
-        .map(|(k, stage)| match stage {
-            Prepared::Elements(..) => elementwise_outcome(elements[k].iter()),
-            Prepared::Gram(gram) => direct_outcome(gram, &grams[k]),
-            Prepared::Shared(key) => direct_outcome(&shared.grams[key], &grams[k]),
-        })
-        .collect();
+    let outcomes = prepared.iter().zip(&parts).map(|(stage, parts)| stage.outcome(shared, parts)).collect();
     Ok((whole, outcomes))
 }
 
-fn direct_outcome(gram: &GramDirect, parts: &[DirectOutcome]) -> SolveOutcome {
+pub(super) fn direct_outcome(gram: &GramDirect, parts: &Parts) -> SolveOutcome {
+    let parts = &parts.grams;
     let (mut initial, mut decrease) = (0.0, 0.0);
     for part in parts {
         initial += part.objective_initial;
@@ -491,39 +557,42 @@ fn direct_outcome(gram: &GramDirect, parts: &[DirectOutcome]) -> SolveOutcome {
 }
 
 /// Emits long f64 results by tiles, side by side.
-fn emit_all(context: &BlockContext<'_>, first: usize, x: &[f64], emit: &Emit<'_>) -> Result<(), MergeError> {
+pub(super) fn emit_all(
+    context: &BlockContext<'_>,
+    first: usize,
+    x: &[f64],
+    emit: &Emit<'_>,
+) -> Result<(), MergeError> {
     for_tiles(context, tiles(x.len(), TILE / 4), |range| emit(first + range.start, Values::F64(&x[range])))
         .map(|_| ())
 }
 
-/// `x₀ + d`, rounded once: to the output, or to the next stage's start.
-fn finish_displacement(
-    context: &BlockContext<'_>,
-    mut x0: Buffer<f32>,
-    d: &[f32],
-    emit: Option<&Emit<'_>>,
-) -> Result<Buffer<f32>, MergeError> {
-    match emit {
-        None => {
-            crate::kernel::vector::axpy(1.0, d, &mut x0, context.threading);
-            Ok(x0)
-        }
-        Some(emit) => {
-            for_tiles(context, tiles(d.len(), 4 * PIECE), |range| {
-                let x: Vec<f64> = x0[range.clone()]
-                    .iter()
-                    .zip(&d[range.clone()])
-                    .map(|(x, d)| f64::from(*x) + f64::from(*d))
-                    .collect();
-                emit(range.start, Values::F64(&x))
-            })?;
-            Ok(Buffer::zeroed(0))
-        }
-    }
+/// `x₀ + d`, rounded to the next stage's start.
+fn displaced(context: &BlockContext<'_>, mut x0: Buffer<f32>, d: &[f32]) -> Buffer<f32> {
+    crate::kernel::vector::axpy(1.0, d, &mut x0, context.threading);
+    x0
 }
 
-/// A solve of the whole block in f64: the initial guess goes in, the solution comes out.
-fn wide_run(
+/// `x₀ + d`, rounded once, to the output.
+pub(super) fn emit_displaced(
+    context: &BlockContext<'_>,
+    x0: &[f32],
+    d: &[f32],
+    emit: &Emit<'_>,
+) -> Result<(), MergeError> {
+    for_tiles(context, tiles(d.len(), 4 * PIECE), |range| {
+        let x: Vec<f64> = x0[range.clone()]
+            .iter()
+            .zip(&d[range.clone()])
+            .map(|(x, d)| f64::from(*x) + f64::from(*d))
+            .collect();
+        emit(range.start, Values::F64(&x))
+    })
+    .map(|_| ())
+}
+
+/// From the result before a whole-block f64 solve to its own.
+pub(super) fn wide_run(
     context: &BlockContext<'_>,
     source: &Source<'_>,
     emit: Option<&Emit<'_>>,

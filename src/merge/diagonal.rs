@@ -6,7 +6,9 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::terms::find;
-use super::{Inputs, MergeError, PIECE, Solve, System, Tally};
+use super::{Inputs, MergeError, PIECE, Solve, System, Tally, pieces};
+use crate::kernel::Real;
+use crate::read::Dtype;
 use crate::statistics::Kind;
 use crate::statistics::factor::FactorRows;
 
@@ -26,6 +28,7 @@ pub struct DiagonalSystem {
 }
 
 struct Term {
+    model: usize,
     source: usize,
     weight: f64,
     /// `None` for the identity.
@@ -58,7 +61,13 @@ impl DiagonalSystem {
                     let bytes = statistic.bytes as f64 / statistic.elements().max(1) as f64;
                     (Some(FactorRows::new(Arc::clone(statistics), statistic)), bytes)
                 };
-                Term { source: model.source, weight: model.weight, fisher, bytes_per_element }
+                Term {
+                    model: model.model,
+                    source: model.source,
+                    weight: model.weight,
+                    fisher,
+                    bytes_per_element,
+                }
             })
             .collect();
         Self { terms, floor: solve.floor }
@@ -75,8 +84,13 @@ impl DiagonalSystem {
         match &term.fisher {
             None => out.fill(term.weight),
             Some(rows) => {
-                tally.add((range.len() as f64 * term.bytes_per_element) as u64);
-                rows.read_squares(range, out, bytes)?;
+                let (kind, len) = (pieces::Kind::Fisher(term.model), size_of_val(out));
+                let first = range.start as u64;
+                if !pieces::take(kind, first, len, |kept| f64::decode(Dtype::F64, kept, out)) {
+                    tally.add((range.len() as f64 * term.bytes_per_element) as u64);
+                    rows.read_squares(range, out, bytes)?;
+                    pieces::keep(kind, first, len, |kept| f64::encode(Dtype::F64, out, kept));
+                }
                 for v in out {
                     *v = term.weight * v.max(self.floor);
                 }

@@ -56,13 +56,9 @@ impl DirectMemory {
             square
         };
         let panels = panel_scratch(columns, longest, low_rank) as u64 * 8;
-        let preparing = panels.max(cholesky::scratch_elements(columns) as u64 * 8);
         // x, right-hand side, displacement and one more for refinement, beside a streamed panel and its product.
         let solving = 4 * t * n * 8 + panels + product_scratch(rows, low_rank) as u64 * 8;
-        square
-            + formed
-            + preparing.max(solving)
-            + if self.eigen { Eigen::<f64>::SQUARES as u64 * square } else { 0 }
+        square + formed + solving + if self.eigen { Eigen::<f64>::SQUARES as u64 * square } else { 0 }
     }
 }
 
@@ -89,6 +85,8 @@ pub struct GramDirect {
     prepared: Prepared,
     /// Diagonal of `S` before any ridge; its strict upper triangle survives in the factor's buffer.
     diagonal: Vec<f64>,
+    /// Its mean.
+    mean: f64,
     shift: f64,
     memory: DirectMemory,
     threading: Threading,
@@ -124,6 +122,14 @@ pub struct DirectOutcome {
     pub decrease: f64,
     /// `‖r - (S+μ)δ‖²` and `‖r‖²` of the first panel of rows.
     pub sampled_residual: (f64, f64),
+}
+
+/// A system's right-hand side for some rows, from [`GramDirect::right_hand_side`].
+pub struct RightHandSide {
+    /// Row-major; empty where all Grams are zero.
+    values: Buffer<f64>,
+    /// `Σ wᵢ‖θ₀-θᵢ‖²_Cᵢ`, one a panel of rows.
+    objectives: Vec<f64>,
 }
 
 impl GramDirect {
@@ -164,6 +170,7 @@ impl GramDirect {
             terms,
             prepared: Prepared::Zero,
             diagonal: Vec::new(),
+            mean,
             shift: solve.ridge * mean,
             memory,
             threading,
@@ -189,8 +196,30 @@ impl GramDirect {
         drop(scratch);
         mirror(&mut s, columns);
         direct.diagonal = (0..columns).map(|i| s[i * columns + i]).collect();
-        direct.factorise(s, mean, tensor)?;
+        direct.factorise(s, tensor)?;
         Ok(direct)
+    }
+
+    /// Factors the same `S` with another ridge: the bits of preparing it anew. Cost: `side³/3` flops.
+    ///
+    /// # Errors
+    /// As for [`GramDirect::prepare`].
+    pub fn change_ridge(&mut self, ridge: f64, tensor: &str) -> Result<(), MergeError> {
+        let shift = ridge * self.mean;
+        if shift == self.shift {
+            return Ok(());
+        }
+        let (Prepared::Cholesky { mut s, .. } | Prepared::Eigen { mut s, .. }) =
+            std::mem::replace(&mut self.prepared, Prepared::Zero)
+        else {
+            return Ok(());
+        };
+        self.shift = shift;
+        restore(&mut s, self.side);
+        for (i, d) in self.diagonal.iter().enumerate() {
+            s[i * self.side + i] = *d;
+        }
+        self.factorise(s, tensor)
     }
 
     /// `τᵀτ` (scaled) of one term, in memory.
@@ -203,8 +232,8 @@ impl GramDirect {
         Ok(Factor::Symmetric(Symmetric::new(panels)?))
     }
 
-    fn factorise(&mut self, mut s: Buffer<f64>, mean: f64, tensor: &str) -> Result<(), MergeError> {
-        let side = self.side;
+    fn factorise(&mut self, mut s: Buffer<f64>, tensor: &str) -> Result<(), MergeError> {
+        let (side, mean) = (self.side, self.mean);
         let unit_roundoff = self.terms.iter().map(|t| t.handle.unit_roundoff()).fold(0.0, f64::max);
         let noise = eigenvalue_noise(&s, side, unit_roundoff);
         let stored = NOISE_RIDGE * noise > LEAST_RIDGE * mean;
@@ -273,19 +302,34 @@ impl GramDirect {
         x: &mut [f64],
         tally: &Tally,
     ) -> Result<Vec<DirectOutcome>, MergeError> {
+        let rhs = self.right_hand_side(inputs, tensor, first_row, x, tally)?;
+        Ok(self.displace(&rhs, x))
+    }
+
+    /// `Σ wᵢ(θᵢ-x)Aᵢ` for rows `first_row..` of the weight: the same for every ridge.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub fn right_hand_side(
+        &self,
+        inputs: &Inputs,
+        tensor: &str,
+        first_row: usize,
+        x: &[f64],
+        tally: &Tally,
+    ) -> Result<RightHandSide, MergeError> {
         let n = self.side;
         let rows = x.len() / n.max(1);
         let threading = self.threading;
         let tiles: Vec<_> = panels(rows).collect();
-        let mut outcomes = vec![DirectOutcome::default(); tiles.len()];
+        let mut objectives = vec![0.0; tiles.len()];
         if matches!(self.prepared, Prepared::Zero) {
-            return Ok(outcomes);
+            return Ok(RightHandSide { values: Buffer::zeroed(0), objectives });
         }
         let mut rhs = Buffer::<f64>::zeroed(rows * n);
         let mut delta = Buffer::<f64>::zeroed(rows * n);
         let mut scratch =
             Buffer::<f64>::zeroed(self.panel_scratch() + product_scratch(rows, self.low_rank()));
-        let mut extra = Buffer::<f64>::zeroed(rows * n);
         for term in 0..self.terms.len() {
             let DirectTerm { source, weight, ref formed, forms, .. } = self.terms[term];
             let meta = inputs
@@ -305,21 +349,43 @@ impl GramDirect {
                     &made
                 }
             };
-            for (outcome, tile) in outcomes.iter_mut().zip(&tiles) {
+            for (objective, tile) in objectives.iter_mut().zip(&tiles) {
                 let range = tile.start * n..tile.end * n;
                 let (delta, rhs) = (&delta[range.clone()], &mut rhs[range]);
                 let before = vector::dot(delta, rhs, threading);
                 let view = mat(delta, tile.len(), n);
                 let out = mat_mut(rhs, tile.len(), n);
                 factor.right_multiply(view, out, true, weight, &mut scratch, threading)?;
-                outcome.objective_initial += vector::dot(delta, rhs, threading) - before;
+                *objective += vector::dot(delta, rhs, threading) - before;
             }
         }
-        delta.copy_from_slice(&rhs);
+        Ok(RightHandSide { values: rhs, objectives })
+    }
+
+    /// Adds the displacement to the initial guess that the right-hand side was made for.
+    pub fn displace(&self, rhs: &RightHandSide, x: &mut [f64]) -> Vec<DirectOutcome> {
+        let n = self.side;
+        let rows = x.len() / n.max(1);
+        let threading = self.threading;
+        let tiles: Vec<_> = panels(rows).collect();
+        let mut outcomes: Vec<DirectOutcome> = rhs
+            .objectives
+            .iter()
+            .map(|objective| DirectOutcome { objective_initial: *objective, ..DirectOutcome::default() })
+            .collect();
+        let rhs = &rhs.values;
+        if matches!(self.prepared, Prepared::Zero) {
+            return outcomes;
+        }
+        let mut scratch =
+            Buffer::<f64>::zeroed(self.panel_scratch() + product_scratch(rows, self.low_rank()));
+        let mut delta = Buffer::<f64>::zeroed(rows * n);
+        let mut extra = Buffer::<f64>::zeroed(rows * n);
+        delta.copy_from_slice(rhs);
         self.divide(&mut delta, &mut extra);
         if let Prepared::Cholesky { s, refinements } = &self.prepared {
             for _ in 0..*refinements {
-                extra.copy_from_slice(&rhs);
+                extra.copy_from_slice(rhs);
                 self.subtract_product(s, &delta, &mut extra, &tiles, &mut scratch);
                 cholesky::solve_right(s, n, &mut extra, threading);
                 vector::axpy(1.0, &extra, &mut delta, threading);
@@ -344,7 +410,7 @@ impl GramDirect {
             outcome.decrease = vector::dot(&delta[range.clone()], &rhs[range], threading);
         }
         vector::axpy(1.0, &delta, x, threading);
-        Ok(outcomes)
+        outcomes
     }
 
     /// `R ← R·(S+μ)⁻¹`; `t` is scratch of its length.

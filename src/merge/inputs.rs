@@ -2,30 +2,57 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::MergeError;
+use super::{MergeError, pieces};
 use crate::kernel::Real;
 use crate::operator::{OperatorError, RowSource};
-use crate::read::{Checkpoint, TensorMeta};
+use crate::read::TensorMeta;
 use crate::statistics::ModelStatistics;
+use crate::statistics::factor::FactorSummary;
+use crate::view::View;
 
 /// Index into [`Inputs::checkpoints`].
 pub type SourceId = usize;
 
-/// Bytes read on behalf of one parameter.
+/// Bytes read on behalf of one parameter, and in a sweep what reading its factors told.
 #[derive(Debug, Clone, Default)]
-pub struct Tally(Arc<AtomicU64>);
+pub struct Tally {
+    bytes: Arc<AtomicU64>,
+    /// Scans of whole factors by what they are of, for the variants to come.
+    scans: Option<Arc<Mutex<HashMap<String, FactorSummary>>>>,
+}
 
 impl Tally {
+    /// For the variants of a sweep, one after the other: each factor is scanned once.
+    pub fn of_variants() -> Self {
+        Self { scans: Some(Arc::default()), ..Self::default() }
+    }
     /// Counts `bytes` more.
     pub fn add(&self, bytes: u64) {
-        self.0.fetch_add(bytes, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
     /// So far.
     pub fn total(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// What `scan` gives, which passes over a whole factor; known already where another variant has scanned it.
+    pub(super) fn scanned(
+        &self,
+        key: impl FnOnce() -> String,
+        scan: impl FnOnce() -> Result<FactorSummary, MergeError>,
+    ) -> Result<FactorSummary, MergeError> {
+        let Some(scans) = &self.scans else { return scan() };
+        let lock = || scans.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = key();
+        if let Some(known) = lock().get(&key) {
+            return Ok(known.clone());
+        }
+        let summary = scan()?;
+        lock().insert(key, summary.clone());
+        Ok(summary)
     }
 }
 
@@ -39,10 +66,28 @@ pub struct ModelInput {
     pub statistics: Option<Arc<ModelStatistics>>,
 }
 
+/// Changes to the files beside the weights, made when the inputs are opened so that whatever is wrong with them shows
+/// before any work.
+#[derive(Debug, Default)]
+pub struct OutputFiles {
+    /// `config.json`, where slices or vocabularies change it.
+    pub model_config: Option<serde_json::Value>,
+    /// Whose tokenizer files are copied, where it is not the reference's.
+    pub tokenizer_directory: Option<std::path::PathBuf>,
+    /// Files that replace those that are copied.
+    pub changed: Vec<(String, Vec<u8>)>,
+    /// Files that are not copied, since they would overrule a changed one.
+    pub dropped: Vec<&'static str>,
+    /// Memory that vocabularies took while they were brought together.
+    pub vocabulary_bytes: u64,
+    /// For stderr and the report.
+    pub warnings: Vec<String>,
+}
+
 /// Everything a merge reads. A checkpoint that is named twice is opened once.
 pub struct Inputs {
-    /// Distinct checkpoints.
-    pub checkpoints: Vec<Arc<Checkpoint>>,
+    /// Distinct models: checkpoints, some with an adapter added or rows rearranged.
+    pub checkpoints: Vec<Arc<View>>,
     /// As written in the config, for messages; one a checkpoint.
     pub names: Vec<String>,
     /// In the config's order.
@@ -55,9 +100,27 @@ pub struct Inputs {
     pub tied: HashMap<(SourceId, String), String>,
     /// Whether values that are not finite are an error.
     pub refuse_nonfinite: bool,
+    /// What each section of the config reads; empty where there is none.
+    pub sections: Vec<Arc<Inputs>>,
+    /// What the files beside the output's weights have that the reference's have not.
+    pub files: OutputFiles,
 }
 
 impl Inputs {
+    /// What a block of this section reads.
+    pub fn of_section(self: &Arc<Self>, section: Option<usize>) -> &Arc<Self> {
+        section.and_then(|k| self.sections.get(k)).unwrap_or(self)
+    }
+
+    /// Whether a tensor is seen by some section of the config.
+    pub fn in_module(&self, name: &str) -> bool {
+        let sees = |inputs: &Arc<Inputs>| {
+            let reference = &inputs.checkpoints[inputs.reference()];
+            reference.get(name).is_some()
+        };
+        self.sections.iter().any(sees)
+    }
+
     /// The checkpoint that gives names, order and dtypes: the base, else the first model.
     pub fn reference(&self) -> SourceId {
         self.base.unwrap_or(self.models[0].source)
@@ -87,12 +150,25 @@ impl Inputs {
         scratch: &mut Vec<u8>,
         tally: &Tally,
     ) -> Result<(), MergeError> {
-        let width = meta.dtype.float_bytes().unwrap_or(0);
-        let range = (elements.start * width) as u64..(elements.end * width) as u64;
-        tally.add(range.end - range.start);
-        T::decode(meta.dtype, self.checkpoints[source].read(meta, range, scratch)?, out);
+        let first = elements.start;
+        let view = &self.checkpoints[source];
+        if view.is_stored(meta) {
+            let width = meta.dtype.float_bytes().unwrap_or(0);
+            let range = (elements.start * width) as u64..(elements.end * width) as u64;
+            let (kind, len) = (pieces::Kind::Tensor(source), (range.end - range.start) as usize);
+            // Whatever it holds was checked when it was read.
+            if pieces::take(kind, range.start, len, |bytes| T::decode(meta.dtype, bytes, out)) {
+                return Ok(());
+            }
+            tally.add(range.end - range.start);
+            let bytes = view.read_stored(meta, range.clone(), scratch)?;
+            T::decode(meta.dtype, bytes, out);
+            pieces::keep(kind, range.start, len, |kept| kept.copy_from_slice(bytes));
+        } else {
+            view.read_values(meta, elements, out, scratch, &|bytes| tally.add(bytes))?;
+        }
         if self.refuse_nonfinite {
-            self.check_finite(source, meta, elements.start, out)?;
+            self.check_finite(source, meta, first, out)?;
         }
         Ok(())
     }

@@ -41,9 +41,80 @@ pub struct SharedFactors {
     factors: HashMap<(usize, String, u64), Factor<f32>>,
     /// The basis with the factors in it that was made last, and what it was made of: one is what the plan counts.
     side: Option<(String, Side<f32>)>,
+    /// In a sweep: names the system that all of this belongs to, of whatever tensor.
+    system: Option<String>,
+    /// In a sweep: what the variants of one tensor share beside that.
+    variants: Option<SharedByVariants>,
+}
+
+/// What one tensor's variants share whose systems differ in the ridge and the solver alone.
+#[derive(Default)]
+struct SharedByVariants {
+    /// Held output factors, by model.
+    output_factors: HashMap<usize, Factor<f32>>,
+    /// As `SharedFactors::side`, of the output.
+    output_side: Option<(String, Side<f32>)>,
+    start: Option<KeptStart>,
+}
+
+/// What a solve starts from, scaled as the operator: the ridge is no part of it.
+pub(super) struct KeptStart {
+    /// `Σ Cᵢ(θᵢ-x₀)`.
+    residual: Buffer<f32>,
+    objective: f64,
+    rhs_norm: f64,
 }
 
 impl SharedFactors {
+    /// The next solves are of variants of one tensor whose systems are named so. Factors of another system make room.
+    pub(super) fn begin_variants(&mut self, system: &str) {
+        if self.system.as_ref().is_some_and(|known| known != system) {
+            *self = Self::default();
+        }
+        self.system = Some(system.to_owned());
+        self.variants.get_or_insert_default();
+    }
+
+    /// The tensor is done; what other tensors share with it stays.
+    pub(super) fn end_variants(&mut self) {
+        self.variants = None;
+    }
+
+    /// Where the variants' start is kept, if these are variants.
+    pub(super) fn kept_start(&mut self) -> Option<&mut Option<KeptStart>> {
+        self.variants.as_mut().map(|variants| &mut variants.start)
+    }
+
+    /// As [`SharedFactors::side`], of the output: only variants share it.
+    pub(super) fn output_side(&mut self, key: &str) -> Option<Side<f32>> {
+        let kept = &mut self.variants.as_mut()?.output_side;
+        kept.take_if(|(known, _)| known != key);
+        kept.as_ref().map(|(_, side)| side.clone())
+    }
+
+    /// As [`SharedFactors::keep_side`], of the output.
+    pub(super) fn keep_output_side(&mut self, key: String, side: &Side<f32>) {
+        if let Some(variants) = &mut self.variants {
+            variants.output_side = Some((key, side.clone()));
+        }
+    }
+
+    /// An output factor that is held for the other variants, or loaded for one solve.
+    pub(super) fn output_factor(
+        &mut self,
+        model: usize,
+        hold: bool,
+        load: impl FnOnce() -> Result<Factor<f32>, OperatorError>,
+    ) -> Result<Factor<f32>, OperatorError> {
+        let Some(variants) = self.variants.as_mut().filter(|_| hold) else { return load() };
+        if let Some(factor) = variants.output_factors.get(&model) {
+            return Ok(factor.clone());
+        }
+        let factor = load()?;
+        variants.output_factors.insert(model, factor.clone());
+        Ok(factor)
+    }
+
     /// The input side of a preconditioner, if this very one was made last. Another one is dropped: its successor takes
     /// its place in memory.
     pub(super) fn side(&mut self, key: &str) -> Option<Side<f32>> {
@@ -108,6 +179,9 @@ pub struct SolveDetail {
     pub history: Vec<StepReport>,
 }
 
+/// Sees every iteration of an f32 solve, and the displacement it has come to.
+pub type Watch<'w> = dyn Fn(&IterationRecord, &[f32]) + Sync + 'w;
+
 /// One block's data and surroundings.
 pub struct BlockContext<'a> {
     /// Where values come from.
@@ -124,6 +198,19 @@ pub struct BlockContext<'a> {
     pub cancel: &'a std::sync::atomic::AtomicBool,
     /// Sees every iteration.
     pub observe: &'a (dyn Fn(&IterationRecord) + Sync),
+    /// A sweep hands iterates on.
+    pub watch: Option<&'a Watch<'a>>,
+}
+
+impl BlockContext<'_> {
+    /// # Errors
+    /// [`MergeError::Cancelled`] once the run is being stopped.
+    pub fn check_cancelled(&self) -> Result<(), MergeError> {
+        if self.cancel.load(std::sync::atomic::Ordering::Relaxed) {
+            return Err(MergeError::Cancelled);
+        }
+        Ok(())
+    }
 }
 
 /// Solves for the displacement `d` from `x0`, both `[out, in]`.
@@ -223,7 +310,8 @@ fn solve_gram(
     };
     let setup = setup_report(preconditioner.as_ref(), started);
     let conditioned = Conditioned::Applied(preconditioner);
-    let system = System { operator: &operator, models: &models, conditioned, setup, scale, shift };
+    let system =
+        System { operator: &operator, models: &models, conditioned, setup, scale, shift, kept: None };
     iterate(context, iteration, system, x0, d)
 }
 
@@ -336,6 +424,8 @@ pub(super) struct System<'s> {
     pub scale: f64,
     /// μ, scaled as the operator.
     pub shift: f64,
+    /// In a sweep, where the start is left for the next variant.
+    pub kept: Option<&'s mut Option<KeptStart>>,
 }
 
 /// Right-hand side, iterations, and the truth about the result.
@@ -347,17 +437,29 @@ pub(super) fn iterate(
     d: &mut [f32],
 ) -> Result<SolveOutcome, MergeError> {
     let BlockContext { shape, threading, .. } = *context;
-    let System { operator, models, conditioned, setup, scale, shift } = system;
+    let System { operator, models, conditioned, setup, scale, shift, mut kept } = system;
     let scratch = conditioned.preconditioner().scratch_elements();
     let mut workspace = Workspace::new(operator.scratch_elements().max(scratch), threading);
     let mut r = Buffer::<f32>::zeroed(shape.elements());
-    let mut p = Buffer::<f32>::zeroed(shape.elements());
-    let mut q = Buffer::<f32>::zeroed(shape.elements());
-    let objective_initial =
-        residual_at(context, operator, models, x0, &mut r, &mut p, &mut workspace)? / scale;
-    operator.apply(x0, &mut q, &mut workspace)?;
-    let rhs_norm = vector::squared_norm_of_sum(&r, &q, threading).sqrt();
-    drop((p, q));
+    let (objective_initial, rhs_norm) = match kept.as_ref().and_then(|kept| kept.as_ref()) {
+        Some(known) => {
+            r.copy_from_slice(&known.residual);
+            (known.objective, known.rhs_norm)
+        }
+        None => {
+            let mut p = Buffer::<f32>::zeroed(shape.elements());
+            let mut q = Buffer::<f32>::zeroed(shape.elements());
+            let objective =
+                residual_at(context, operator, models, x0, &mut r, &mut p, &mut workspace)? / scale;
+            operator.apply(x0, &mut q, &mut workspace)?;
+            (objective, vector::squared_norm_of_sum(&r, &q, threading).sqrt())
+        }
+    };
+    if let Some(kept @ None) = kept.as_deref_mut() {
+        let mut residual = Buffer::<f32>::zeroed(shape.elements());
+        residual.copy_from_slice(&r);
+        *kept = Some(KeptStart { residual, objective: objective_initial, rhs_norm });
+    }
     let start = Start { objective_initial, rhs_norm, scale, shift, flops: 3.0 * operator.flops() };
     let preconditioner = conditioned.preconditioner();
     let (mut outcome, mut p) = match &conditioned {
@@ -378,10 +480,19 @@ pub(super) fn iterate(
     outcome.detail.setup = setup;
     outcome.flops += setup.map_or(0.0, |s| s.flops);
     drop(conditioned);
-    let mut x = Buffer::<f32>::zeroed(shape.elements());
-    x.copy_from_slice(x0);
-    vector::axpy(1.0, d, &mut x, threading);
-    let objective = residual_at(context, operator, models, &x, &mut r, &mut p, &mut workspace)? / scale;
+    let objective = if let Some(Some(known)) = kept {
+        // The models need not be read again: Σ Cᵢ(θᵢ-x₀-d) from the kept start and one application to the result.
+        operator.apply(d, &mut p, &mut workspace)?;
+        r.copy_from_slice(&known.residual);
+        vector::axpy(-1.0, &p, &mut r, threading);
+        let decrease = vector::dot(d, &known.residual, threading) + vector::dot(d, &r, threading);
+        (objective_initial - decrease / scale).max(0.0)
+    } else {
+        let mut x = Buffer::<f32>::zeroed(shape.elements());
+        x.copy_from_slice(x0);
+        vector::axpy(1.0, d, &mut x, threading);
+        residual_at(context, operator, models, &x, &mut r, &mut p, &mut workspace)? / scale
+    };
     Ok(finish(outcome, &start, objective, &mut r, d, threading))
 }
 
@@ -467,7 +578,10 @@ fn run(
         &solve_start,
         &mut rule,
         workspace,
-        &mut |step| {
+        &mut |step, d| {
+            if let Some(watch) = context.watch {
+                watch(step, d);
+            }
             history.push(StepReport {
                 relative_residual: step.relative_residual,
                 objective: start.objective_initial - step.total_decrease / start.scale,

@@ -118,7 +118,7 @@ impl KfacSystem {
             let a = shared.input_factor(shared_key(inputs, model, tensor), memory.hold_a, || {
                 a.load(memory.hold_a, threading)
             })?;
-            let g = g.load(memory.hold_g, threading)?;
+            let g = shared.output_factor(model.model, memory.hold_g, || g.load(memory.hold_g, threading))?;
             terms.push(KroneckerTerm { weight: model.weight, a, g, diagonals });
         }
         let operator = KroneckerSum::new(shape, terms)?.scaled(input_scale, scale / input_scale);
@@ -161,17 +161,21 @@ impl KfacSystem {
                     input_factors_key(inputs, tensor, solve, shape).unwrap_or_default(),
                     self.input_scale
                 );
-                let known = shared.side(&key);
+                let (known, known_output) = (shared.side(&key), shared.output_side(&key));
                 let a = || match known {
                     Some(side) => Ok(side),
                     None => Side::of(kind, &input, shape.out_features, rotate, threading),
                 };
-                let g = || Side::of(kind, &output, shape.in_features, rotate, threading);
+                let g = || match known_output {
+                    Some(side) => Ok(side),
+                    None => Side::of(kind, &output, shape.in_features, rotate, threading),
+                };
                 let (a, g) = match threading {
                     Threading::Sequential => (a(), g()),
                     Threading::Parallel => rayon::join(a, g),
                 };
                 let (a, g) = (a.map_err(failed)?, g.map_err(failed)?);
+                shared.keep_output_side(key.clone(), &g);
                 shared.keep_side(key, a.clone());
                 if rotate {
                     let scales = (self.input_scale, self.scale / self.input_scale);
@@ -213,6 +217,7 @@ pub(super) fn solve_kfac(
         setup,
         scale: system.scale,
         shift: system.shift,
+        kept: shared.kept_start(),
     };
     iterate(context, iteration, system, x0, d)
 }

@@ -3,8 +3,9 @@
 //! `resolve` turns a config's rounds into a [`Recipe`] for one tensor from headers alone; `block` carries a recipe out:
 //! `elementwise` makes starting points and averages piece by piece, `direct` solves what has a closed form by rows,
 //! `iterative` runs conjugate gradients on a whole block, with `kfac` making the K-FAC system and its preconditioner,
-//! `refined` does so past f32, and `two_term` solves two-model K-FAC exactly. `plan` calls the
-//! first, `stream` the second. Nothing here decides what runs when, or writes a file.
+//! `refined` does so past f32, and `two_term` solves two-model K-FAC exactly; `sweep` carries several recipes out that
+//! differ in their last step. `plan` calls `resolve`, `stream` calls `block` and `sweep`. Nothing here decides what runs
+//! when, or writes a file.
 
 pub mod block;
 mod diagonal;
@@ -13,17 +14,20 @@ mod elementwise;
 mod inputs;
 mod iterative;
 mod kfac;
+mod pieces;
 mod recipe;
 mod refined;
 mod resolve;
+pub mod sweep;
 mod terms;
 mod two_term;
 
 pub use direct::DirectMemory;
 pub use elementwise::{PIECE, merge_elementwise};
-pub use inputs::{Inputs, ModelInput, SourceId, Tally};
+pub use inputs::{Inputs, ModelInput, OutputFiles, SourceId, Tally};
 pub use iterative::{BlockContext, IterativeMemory, SolveDetail, SolveOutcome};
 pub(crate) use kfac::{apply_flops, kronecker_kind, rotates};
+pub use pieces::MOST_BYTES as SHARED_PIECE_BYTES;
 pub use recipe::{GramKind, Iteration, Recipe, Solve, SolveModel, SolverChoice, Start, System};
 pub(crate) use refined::memory_bytes as refined_bytes;
 pub use resolve::{LayerPosition, Resolution, resolve};

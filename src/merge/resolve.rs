@@ -9,8 +9,10 @@ use crate::config::{
 };
 use crate::operator::BlockShape;
 use crate::precond::{KroneckerKind, cost};
-use crate::read::{Checkpoint, TensorMeta};
+use crate::read::TensorMeta;
 use crate::statistics::{Form, Kind};
+use crate::view::names::is_embedding;
+use crate::view::{View, layer_of};
 
 /// The paper's floor under each model's diagonal Fisher in the closed form.
 const FISHER_FLOOR: f64 = 1e-8;
@@ -24,20 +26,32 @@ const TWO_MODEL_RIDGE: f64 = crate::config::PCG_RIDGE;
 /// Where a tensor's layer lies between the first (0) and the last (1), for per-layer gradients.
 #[derive(Debug, Clone, Default)]
 pub struct LayerPosition {
+    /// The first layer's number in the output.
+    first: usize,
     layers: usize,
 }
 
 impl LayerPosition {
     /// Counts layers: from config.json where it says so, else from the numbers in the tensors' names.
-    pub fn of(checkpoint: &Checkpoint) -> Self {
+    pub fn of(checkpoint: &View) -> Self {
         const KEYS: [&str; 5] = ["num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_layer"];
         let stated = checkpoint.config().and_then(|config| {
             let own = |config: &serde_json::Value| KEYS.iter().find_map(|k| config.get(k)?.as_u64());
             own(config).or_else(|| config.get("text_config").and_then(own))
         });
-        let named =
-            || checkpoint.tensors().iter().filter_map(|t| layer_index(&t.name)).max().map_or(0, |k| k + 1);
-        Self { layers: stated.map_or_else(named, |n| n as usize) }
+        Self { first: 0, layers: stated.map_or_else(|| Self::counted(checkpoint).layers, |n| n as usize) }
+    }
+
+    /// Counts layers by the numbers in the tensors' names.
+    pub fn counted(checkpoint: &View) -> Self {
+        let layers =
+            checkpoint.tensors().filter_map(|(name, _)| layer_index(&name)).max().map_or(0, |k| k + 1);
+        Self { first: 0, layers }
+    }
+
+    /// Those of a slice: a gradient runs over each slice anew, as in mergekit.
+    pub fn of_slice(output: std::ops::Range<usize>) -> Self {
+        Self { first: output.start, layers: output.len() }
     }
 
     /// 0 for tensors outside the layers, 1 where there is one layer, as mergekit.
@@ -45,14 +59,14 @@ impl LayerPosition {
         match layer_index(name) {
             None => 0.0,
             Some(_) if self.layers <= 1 => 1.0,
-            Some(k) => (k as f64 / (self.layers - 1) as f64).min(1.0),
+            Some(k) => (k.saturating_sub(self.first) as f64 / (self.layers - 1) as f64).min(1.0),
         }
     }
 }
 
 /// The first part of a dotted name that is a number.
 fn layer_index(name: &str) -> Option<usize> {
-    name.split('.').find_map(|part| if part.len() <= 6 { part.parse().ok() } else { None })
+    layer_of(name).map(|(_, layer)| layer)
 }
 
 /// A recipe and what a user should know about it.
@@ -104,6 +118,7 @@ impl Resolver<'_> {
         match round.method {
             Method::Linear => Ok(start(self.linear(round)?)),
             Method::TaskArithmetic => Ok(start(self.task_arithmetic(round)?)),
+            Method::Passthrough => Ok(start(self.passthrough(round))),
             _ => self.solved(round),
         }
     }
@@ -136,6 +151,15 @@ impl Resolver<'_> {
         let divisor = if round.normalize(self.name(), self.t) { sum } else { 1.0 };
         self.divides(divisor, &terms)?;
         Ok(Start::TaskVectors { base, terms, scale: round.lambda(self.name(), self.t) / divisor })
+    }
+
+    /// One model's values, or a multiple of them.
+    fn passthrough(&self, round: &Round) -> Start {
+        let source = self.inputs.models[0].source;
+        match round.scale(0, self.name(), self.t) {
+            1.0 => Start::Copy(source),
+            scale => Start::Mean { terms: vec![(source, scale)], divisor: 1.0 },
+        }
     }
 
     fn divides(&self, divisor: f64, terms: &[(SourceId, f64)]) -> Result<(), MergeError> {
@@ -442,16 +466,6 @@ fn start(start: Start) -> Recipe {
     Recipe { start, solves: Vec::new(), method: "" }
 }
 
-/// Lookup tables: rows are looked up, not multiplied, so a Gram over their columns means nothing.
-fn is_embedding(name: &str) -> bool {
-    name.split('.').any(|part| {
-        let part = part.to_ascii_lowercase();
-        part.contains("embed")
-            || part.contains("position")
-            || matches!(part.as_str(), "wte" | "wpe" | "shared" | "relative_attention_bias")
-    })
-}
-
 /// Statistics a solve reads, by model: used by the plan for sharing and for byte counts.
 pub(crate) fn statistics_keys(inputs: &Inputs, tensor: &str, solve: &Solve) -> Vec<(usize, Kind, String)> {
     let kinds: &[Kind] = match solve.system {
@@ -519,10 +533,13 @@ mod tests {
         assert_eq!(layer_index("encoder.block.3.layer.0.q.weight"), Some(3));
         assert_eq!(layer_index("lm_head.weight"), None);
         assert_eq!(layer_index("x.99999999999999999999.w"), None);
-        let layers = LayerPosition { layers: 5 };
+        let layers = LayerPosition { first: 0, layers: 5 };
         assert_eq!(layers.of_tensor("h.2.w"), 0.5);
         assert_eq!(layers.of_tensor("wte.weight"), 0.0);
-        assert_eq!(LayerPosition { layers: 1 }.of_tensor("h.0.w"), 1.0);
+        assert_eq!(LayerPosition { first: 0, layers: 1 }.of_tensor("h.0.w"), 1.0);
+        let slice = LayerPosition::of_slice(4..7);
+        assert_eq!([4, 5, 6].map(|k| slice.of_tensor(&format!("h.{k}.w"))), [0.0, 0.5, 1.0]);
+        assert_eq!(slice.of_tensor("wte.weight"), 0.0);
     }
 
     #[test]

@@ -109,9 +109,13 @@ fn statistic_factor(
     tally: &Tally,
 ) -> Result<FactorHandle, MergeError> {
     let (statistics, statistic) = find(inputs, model, tensor, kinds);
-    tally.add(statistic.bytes);
+    // The diagonal is the same whatever the off-diagonal scaling.
+    let key = || format!("{} {}", model.model, statistic.key);
     if let Some(rows) = GramRows::new(Arc::clone(statistics), statistic, model.off_diagonal) {
-        let summary = rows.scan()?;
+        let summary = tally.scanned(key, || {
+            tally.add(statistic.bytes);
+            Ok(rows.scan()?)
+        })?;
         let rows = Arc::new(counted(rows, statistic, tally));
         return Ok(FactorHandle {
             rows,
@@ -123,7 +127,10 @@ fn statistic_factor(
         });
     }
     let rows = FactorRows::new(Arc::clone(statistics), statistic);
-    let summary = rows.scan()?;
+    let summary = tally.scanned(key, || {
+        tally.add(statistic.bytes);
+        Ok(rows.scan()?)
+    })?;
     let rows = Arc::new(counted(rows, statistic, tally));
     Ok(FactorHandle {
         rows,
@@ -174,7 +181,9 @@ pub(super) fn gram_factor(
                 columns,
                 tally: tally.clone(),
             };
-            let summary = scan_rows(&rows)?;
+            // No key of a statistic begins so.
+            let key = || format!("{} - {base}", model.source);
+            let summary = tally.scanned(key, || scan_rows(&rows))?;
             let scale = match scale {
                 DeltaScale::One => 1.0,
                 DeltaScale::InverseSquaredNorm if summary.trace > 0.0 => 1.0 / summary.trace,

@@ -6,7 +6,7 @@ use super::iterative::{BlockContext, SolveDetail, SolveOutcome, residual_at};
 use super::kfac::{kfac_handles, mean_diagonal, power_of_two_scale};
 use super::terms::FactorHandle;
 use super::{MergeError, Solve};
-use crate::kernel::{Buffer, Threading, vector};
+use crate::kernel::{Buffer, PANEL, Threading, sandwich_scratch, vector};
 use crate::operator::{
     BlockShape, Damped, Factor, KroneckerSum, KroneckerTerm, LinearOperator, OperatorError, Workspace,
 };
@@ -29,7 +29,8 @@ pub fn memory_bytes(shape: BlockShape) -> u64 {
     let vectors = 2 * (m * m + n * n);
     // x, r, d, p, q, z, and the scratch of operator and preconditioner.
     let blocks = 8 * m * n;
-    let panels = crate::kernel::PANEL as u64 * (2 * m + 2 * n);
+    let tile = sandwich_scratch::<f64>(shape.out_features, shape.in_features) as u64;
+    let panels = tile + PANEL as u64 * (2 * m + n);
     (building.max(blocks + panels) + vectors + 2 * m * n) * 8
 }
 
@@ -122,7 +123,7 @@ pub fn solve_block(
             &start,
             &mut rule,
             &mut workspace,
-            &mut |step| (context.observe)(step),
+            &mut |step, _| (context.observe)(step),
         )?;
         outcome.iterations = Some(cg.iterations);
         outcome.flops += damped.flops() * cg.iterations as f64;

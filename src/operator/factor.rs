@@ -269,6 +269,14 @@ impl<T: Real> Factor<T> {
         }
     }
 
+    /// The matrix itself, where it is in memory.
+    pub(crate) fn in_memory(&self) -> Option<MatRef<'_, T>> {
+        match self {
+            Self::Symmetric(f) => f.panels.in_memory(),
+            Self::LowRank(_) => None,
+        }
+    }
+
     /// Flops of `X·A` for `X` with `rows` rows.
     pub fn flops(&self, rows: usize) -> f64 {
         let (r, side) = (rows as f64, self.side() as f64);
@@ -282,7 +290,7 @@ impl<T: Real> Factor<T> {
     pub(crate) fn right_scratch(&self, rows: usize) -> usize {
         match self {
             Self::Symmetric(f) => f.panels.scratch_elements(),
-            Self::LowRank(f) => f.panels.pair_scratch() + rows * PANEL.min(f.panels.rows),
+            Self::LowRank(f) => f.panels.scratch_elements() + rows * PANEL.min(f.panels.rows),
         }
     }
 
@@ -309,11 +317,11 @@ impl<T: Real> Factor<T> {
                     y.rb_mut().fill(T::default());
                 }
                 let rows = x.nrows();
-                let (panel_scratch, u) = scratch.split_at_mut(f.panels.pair_scratch());
+                let (panel_scratch, u) = scratch.split_at_mut(f.panels.scratch_elements());
                 for k in panels(f.panels.rows) {
-                    let (panel, transposed) = f.panels.panel_pair(k.clone(), panel_scratch, threading)?;
+                    let panel = f.panels.panel_view(k.clone(), panel_scratch, threading)?;
                     let mut u = mat_mut(u, rows, k.len());
-                    gemm(u.rb_mut(), false, x, transposed, 1.0, threading);
+                    gemm(u.rb_mut(), false, x, panel.transpose(), 1.0, threading);
                     gemm(y.rb_mut(), true, u.as_ref(), panel, alpha * f.scale * f.off_diagonal, threading);
                 }
                 if f.off_diagonal < 1.0 {

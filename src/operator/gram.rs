@@ -5,7 +5,7 @@ use faer::prelude::ReborrowMut;
 use super::{
     BlockShape, Factor, LinearOperator, OperatorError, OperatorSum, Properties, Workspace, apply_terms, check,
 };
-use crate::kernel::{PANEL, Real, mat, mat_mut, panels};
+use crate::kernel::{PANEL, Real, gemm, mat, mat_mut, panels};
 
 /// One model's `wᵢ · X Aᵢ`.
 #[derive(Clone)]
@@ -76,9 +76,13 @@ impl<T: Real> GramSum<T> {
     ) -> Result<(), OperatorError> {
         check("x", x, self.shape)?;
         check("y", y, self.shape)?;
-        let n = self.shape.in_features;
+        let BlockShape { out_features: m, in_features: n } = self.shape;
         let (scratch, threading) = workspace.take(self.scratch_elements())?;
-        for rows in panels(self.shape.out_features) {
+        if let Some(a) = a.in_memory() {
+            gemm(mat_mut(y, m, n), true, mat(x, m, n), a, alpha, threading);
+            return Ok(());
+        }
+        for rows in panels(m) {
             let range = rows.start * n..rows.end * n;
             let mut tile = mat_mut(&mut y[range.clone()], rows.len(), n);
             a.right_multiply(mat(&x[range], rows.len(), n), tile.rb_mut(), true, alpha, scratch, threading)?;

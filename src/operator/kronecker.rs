@@ -5,7 +5,7 @@ use faer::prelude::ReborrowMut;
 use super::{
     BlockShape, Factor, LinearOperator, OperatorError, OperatorSum, Properties, Workspace, apply_terms, check,
 };
-use crate::kernel::{PANEL, Real, mat, mat_mut, panels};
+use crate::kernel::{PANEL, Real, mat, mat_mut, panels, sandwich, sandwich_scratch};
 
 /// One model's block-diagonal Fisher `wᵢ · Gᵢ X Aᵢ`.
 #[derive(Clone)]
@@ -82,7 +82,7 @@ impl<T: Real> KroneckerSum<T> {
 
     fn split_scratch(&self) -> (usize, usize, usize) {
         let rows = self.tile_rows();
-        let tile = rows * self.shape.in_features;
+        let tile = sandwich_scratch::<T>(self.shape.out_features, self.shape.in_features);
         let a = self.terms.iter().map(|t| t.a.right_scratch(rows)).max().unwrap_or(0);
         let g = self.terms.iter().map(|t| t.g.left_scratch(self.shape.in_features)).max().unwrap_or(0);
         (tile, a, g)
@@ -148,6 +148,11 @@ impl<T: Real> OperatorSum<T> for KroneckerSum<T> {
         let (tile, scratch) = scratch.split_at_mut(tile);
         let (a_scratch, g_scratch) = scratch.split_at_mut(a_len);
         let mut y = mat_mut(y, out_features, in_features);
+        if let (Some(a), Some(g)) = (a.in_memory(), g.in_memory()) {
+            let x = mat(x, out_features, in_features);
+            sandwich(y, g, x, a, self.input_scale, *weight * self.output_scale, tile, threading);
+            return Ok(());
+        }
         for rows in panels(out_features) {
             let x = mat(&x[rows.start * in_features..rows.end * in_features], rows.len(), in_features);
             let mut xa = mat_mut(tile, rows.len(), in_features);

@@ -1,22 +1,11 @@
 //! The same tensor across checkpoints: names, shapes, dtypes, ties; what is merged, copied or left out.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::merge::{Inputs, SourceId};
 use crate::read::{Dtype, TensorMeta, escaped};
-
-/// Tensors of a head that models tie to their input embedding …
-const HEADS: [&str; 4] =
-    ["lm_head.weight", "embed_out.weight", "predictions.decoder.weight", "output_projection.weight"];
-/// … which goes by one of these names.
-const EMBEDDINGS: [&str; 6] = [
-    "embed_tokens.weight",
-    "wte.weight",
-    "shared.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
-    "tok_embeddings.weight",
-];
+use crate::view::names::{is_head, is_token_embedding};
 
 /// Why checkpoints do not fit together.
 #[derive(Debug, thiserror::Error)]
@@ -88,16 +77,12 @@ fn describe(meta: Option<&TensorMeta>) -> String {
     meta.map_or_else(|| "none".to_owned(), |m| format!("{} {:?}", m.dtype, m.shape))
 }
 
-fn is_head(name: &str) -> bool {
-    HEADS.iter().any(|head| name.ends_with(head))
-}
-
-/// The embedding a head of this shape would be tied to.
-fn embedding_of<'a>(inputs: &'a Inputs, source: SourceId, shape: &[usize]) -> Option<&'a TensorMeta> {
+/// The embedding a head of this shape would be tied to, by its name in the output.
+fn embedding_of(inputs: &Inputs, source: SourceId, shape: &[usize]) -> Option<String> {
     inputs.checkpoints[source]
         .tensors()
-        .iter()
-        .find(|t| t.shape == shape && EMBEDDINGS.iter().any(|name| t.name.ends_with(name)))
+        .find(|(name, t)| t.shape == shape && is_token_embedding(name))
+        .map(|(name, _)| name.into_owned())
 }
 
 /// Lines the checkpoints up.
@@ -112,18 +97,21 @@ pub fn align(inputs: &Inputs, untie: bool) -> Result<Alignment, AlignError> {
     sources.dedup();
     let mut alignment = Alignment::default();
 
-    let mut candidates: Vec<TensorMeta> = inputs.checkpoints[reference].tensors().to_vec();
-    let known: BTreeSet<&str> =
-        inputs.checkpoints[reference].tensors().iter().map(|t| t.name.as_str()).collect();
-    let mut extra: BTreeMap<&str, (&TensorMeta, SourceId)> = BTreeMap::new();
+    let named = |name: &str, tensor: &TensorMeta| TensorMeta { name: name.to_owned(), ..tensor.clone() };
+    let mut candidates: Vec<TensorMeta> =
+        inputs.checkpoints[reference].tensors().map(|(name, tensor)| named(&name, tensor)).collect();
+    let known: BTreeSet<Cow<'_, str>> =
+        inputs.checkpoints[reference].tensors().map(|(name, _)| name).collect();
+    let mut extra: BTreeMap<Cow<'_, str>, (&TensorMeta, SourceId)> = BTreeMap::new();
     for source in &sources {
-        for tensor in inputs.checkpoints[*source].tensors() {
-            if !known.contains(tensor.name.as_str()) {
-                extra.entry(&tensor.name).or_insert((tensor, *source));
+        for (name, tensor) in inputs.checkpoints[*source].tensors() {
+            if !known.contains(&name) {
+                extra.entry(name).or_insert((tensor, *source));
             }
         }
     }
     for (name, (tensor, source)) in extra {
+        let name = &*name;
         // The reference ties its head, another model stores it.
         if is_head(name)
             && let Some(embedding) = embedding_of(inputs, reference, &tensor.shape)
@@ -133,10 +121,10 @@ pub fn align(inputs: &Inputs, untie: bool) -> Result<Alignment, AlignError> {
                     tied: inputs.names[reference].clone(),
                     untied: inputs.names[source].clone(),
                     head: name.to_owned(),
-                    embedding: embedding.name.clone(),
+                    embedding,
                 });
             }
-            candidates.push(tensor.clone());
+            candidates.push(named(name, tensor));
             continue;
         }
         alignment.left_out.insert(
@@ -176,7 +164,7 @@ pub fn align(inputs: &Inputs, untie: bool) -> Result<Alignment, AlignError> {
                 && is_head(&tensor.name)
                 && let Some(embedding) = embedding_of(inputs, *source, &tensor.shape)
             {
-                ties.push((*source, embedding.name.clone()));
+                ties.push((*source, embedding));
                 continue;
             }
             mismatch.get_or_insert((*source, describe(found)));

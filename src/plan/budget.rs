@@ -4,14 +4,17 @@
 //! system at any time; the output goes through a few small buffers.
 
 use crate::config::PreconditionerKind;
-use crate::kernel::PANEL;
+use crate::kernel::{PANEL, sandwich_scratch};
 use crate::merge::block::{Stage, Strategy, is_elementwise};
 use crate::merge::{DirectMemory, IterativeMemory, refined_bytes, two_term_bytes};
 use crate::merge::{
-    GramKind, Inputs, Iteration, Recipe, Solve, SolverChoice, System, kronecker_kind, rotates,
+    GramKind, Inputs, Iteration, Recipe, SHARED_PIECE_BYTES, Solve, SolveModel, SolverChoice, System,
+    kronecker_kind, rotates,
 };
 use crate::operator::BlockShape;
+use crate::plan::{Action, BlockPlan, MergePlan};
 use crate::precond::{KroneckerKind, cost};
+use crate::report::StepReport;
 use crate::statistics::{Form, Kind};
 
 /// One output buffer: encoded values on their way to the writer.
@@ -45,7 +48,34 @@ struct Candidate {
     stages: Vec<Stage>,
 }
 
-/// The most generous way to run `recipe` in `available` bytes; `Err` holds the least that would do.
+/// What a sweep of `variants` models holds beside what one merge does: a worker's shared piece, and for each further model
+/// its plan, writer and report.
+pub fn sweep_bytes(plan: &MergePlan, variants: usize) -> u64 {
+    /// Names, places and figures of one block in plan, writer and report.
+    const BLOCK_BYTES: u64 = 2 << 10;
+    /// One step in a report.
+    const STEP_BYTES: u64 = 2 * size_of::<StepReport>() as u64;
+    /// A writer beside its blocks.
+    const WRITER_BYTES: u64 = 16 << 10;
+    let of_block = |block: &BlockPlan| {
+        let Action::Merge { recipe, .. } = &block.action else { return BLOCK_BYTES };
+        let models: usize = recipe.solves.iter().map(|solve| solve.models.len()).sum();
+        let steps: usize = recipe
+            .solves
+            .iter()
+            .map(|solve| match solve.solver {
+                SolverChoice::Iterative(iteration) => iteration.max_iterations.min(1000),
+                SolverChoice::Direct => 0,
+            })
+            .sum();
+        BLOCK_BYTES + (models * size_of::<SolveModel>()) as u64 + steps as u64 * STEP_BYTES
+    };
+    let model: u64 = WRITER_BYTES + plan.blocks.iter().map(of_block).sum::<u64>();
+    model * variants.saturating_sub(1) as u64 + (plan.limits.threads * SHARED_PIECE_BYTES) as u64
+}
+
+/// The most generous way to run `recipe` in `available` bytes; `Err` holds the least that would do. A `variant` of a
+/// sweep keeps what its siblings start from.
 ///
 /// # Errors
 /// The bytes of the most frugal way, if that does not fit either.
@@ -55,6 +85,7 @@ pub fn fit(
     recipe: &Recipe,
     shape: BlockShape,
     available: u64,
+    variant: bool,
 ) -> Result<BlockMemory, u64> {
     if recipe.solves.iter().all(is_elementwise) {
         return Ok(BlockMemory { strategy: Strategy::Elements, bytes: 0 });
@@ -62,7 +93,18 @@ pub fn fit(
     let mut least = u64::MAX;
     for frugality in 0.. {
         let Some(candidate) = candidate(recipe, shape, frugality) else { break };
-        let bytes = bytes(inputs, tensor, recipe, shape, &candidate.stages);
+        let mut bytes = bytes(inputs, tensor, recipe, shape, &candidate.stages);
+        if variant {
+            bytes += match candidate.stages.last() {
+                // The rows' starting point.
+                Some(Stage::Direct(memory)) => {
+                    (memory.tile_rows.min(shape.out_features) * shape.in_features) as u64 * 8
+                }
+                // The residual there.
+                Some(Stage::Iterative(_)) => shape.elements() as u64 * 4,
+                _ => 0,
+            };
+        }
         if bytes <= available {
             return Ok(BlockMemory { strategy: Strategy::Stages(candidate.stages), bytes });
         }
@@ -150,7 +192,7 @@ fn stage_bytes(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, 
                     let (m, n, models) = (m as u64, n as u64, solve.models.len() as u64);
                     let held_a = if memory.hold_a { models * n * n } else { panel * n };
                     let held_g = if memory.hold_g { models * m * m } else { 2 * panel * m };
-                    PANEL.min(m as usize) as u64 * n
+                    sandwich_scratch::<f32>(shape.out_features, shape.in_features) as u64
                         + held_a
                         + held_g
                         + low_rank_scratch(inputs, tensor, solve, shape)

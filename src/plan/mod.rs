@@ -7,23 +7,27 @@ pub mod align;
 pub mod budget;
 mod print;
 pub mod shards;
+mod sweep;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 
-use align::{AlignError, align};
+use align::{AlignError, Alignment, align};
 use budget::BlockMemory;
 use shards::{LayoutError, OutputLayout, TensorSpec};
 
-use crate::config::{MergeConfig, OutDtype};
+use crate::config::{MergeConfig, OutDtype, SliceLayers};
 use crate::merge::block::{Stage, Strategy};
 use crate::merge::{
-    Inputs, Iteration, LayerPosition, MergeError, Recipe, Solve, SolverChoice, SourceId, System, apply_flops,
-    gram_key, input_factors_key, kronecker_kind, resolve, rotates, statistics_keys,
+    Inputs, Iteration, LayerPosition, MergeError, Recipe, Solve, SolverChoice, SourceId, Start, System,
+    apply_flops, gram_key, input_factors_key, kronecker_kind, resolve, rotates, statistics_keys,
 };
 use crate::operator::BlockShape;
 use crate::precond::{KroneckerKind, cost};
 use crate::read::{Dtype, TensorMeta};
 use crate::report::units::Bytes;
+
+pub use sweep::SweepPlan;
 
 /// Blocks with more flops than this run alone with parallel kernels, smaller ones side by side.
 const LARGE_FLOPS: f64 = 1e9;
@@ -98,6 +102,8 @@ pub enum Action {
 pub struct BlockPlan {
     /// Parameter name.
     pub name: String,
+    /// The section of the config that it belongs to, if that has any.
+    pub section: Option<usize>,
     /// As stored in the reference.
     pub shape: Vec<usize>,
     /// The same as a matrix: 2-D weights `[out, in]`, everything else one row.
@@ -163,27 +169,54 @@ impl MergePlan {
         limits: Limits,
         metadata: u64,
     ) -> Result<Self, PlanError> {
-        let alignment = align(inputs, limits.untie)?;
-        inputs.tied.extend(alignment.tied);
-        let reference = inputs.reference();
-        let layers = LayerPosition::of(&inputs.checkpoints[reference]);
         let overhead_bytes = budget::overhead_bytes(limits.threads, metadata);
-        let available = limits.max_memory.saturating_sub(overhead_bytes);
-        let mut warnings = Vec::new();
-        for source in &inputs.checkpoints {
-            warnings.extend(source.warnings().iter().cloned());
+        let mut whole = Whole::new(limits.max_memory.saturating_sub(overhead_bytes), false);
+        if config.sections.is_empty() {
+            let alignment = align_inputs(inputs, limits)?;
+            whole.add(config, inputs, &alignment, None, None)?;
         }
-        for (name, reason) in &alignment.left_out {
+        for (k, section) in config.sections.iter().enumerate() {
+            let part =
+                Arc::get_mut(&mut inputs.sections[k]).expect("nobody else has the inputs before the plan");
+            let alignment = align_inputs(part, limits)?;
+            whole.add(&section.config, part, &alignment, Some(k), section.layers.as_ref())?;
+        }
+        if config.sections.iter().any(|section| section.module.is_some()) {
+            whole.add_rest(inputs);
+        }
+        Self::of_blocks(config, inputs, whole, limits, overhead_bytes)
+    }
+
+    /// The plan of one `variant` of a sweep, whose results take turns in memory.
+    fn of_variant(
+        config: &MergeConfig,
+        inputs: &Inputs,
+        alignment: &Alignment,
+        limits: Limits,
+        metadata: u64,
+    ) -> Result<Self, PlanError> {
+        let overhead_bytes = budget::overhead_bytes(limits.threads, metadata);
+        let mut whole = Whole::new(limits.max_memory.saturating_sub(overhead_bytes), true);
+        whole.add(config, inputs, alignment, None, None)?;
+        Self::of_blocks(config, inputs, whole, limits, overhead_bytes)
+    }
+
+    fn of_blocks(
+        config: &MergeConfig,
+        inputs: &Inputs,
+        whole: Whole,
+        limits: Limits,
+        overhead_bytes: u64,
+    ) -> Result<Self, PlanError> {
+        let mut warnings = config.warnings.clone();
+        warnings.extend(inputs.files.warnings.iter().cloned());
+        for source in &inputs.checkpoints {
+            warnings.extend(source.warnings().cloned());
+        }
+        let Whole { blocks, left_out, worst: (worst_bytes, worst), .. } = whole;
+        for (name, reason) in &left_out {
             warnings.push(format!("tensor `{}` is left out: {reason}", crate::read::escaped(name)));
         }
-
-        let mut planner = Planner { config, inputs, layers, available, worst: (0, String::new()) };
-        let blocks = alignment
-            .tensors
-            .iter()
-            .map(|meta| planner.block(meta))
-            .collect::<Result<Vec<_>, PlanError>>()?;
-        let (worst_bytes, worst) = planner.worst;
         let least_memory_bytes = overhead_bytes + worst_bytes;
         if least_memory_bytes > limits.max_memory {
             return Err(PlanError::Memory {
@@ -203,16 +236,7 @@ impl MergePlan {
             })
             .collect();
         let layout = OutputLayout::new(specs, limits.shard_bytes)?;
-        Ok(Self {
-            blocks,
-            units,
-            layout,
-            left_out: alignment.left_out,
-            warnings,
-            overhead_bytes,
-            least_memory_bytes,
-            limits,
-        })
+        Ok(Self { blocks, units, layout, left_out, warnings, overhead_bytes, least_memory_bytes, limits })
     }
 
     /// Peak anonymous memory of the run: the overhead and what units hold at the same time.
@@ -241,11 +265,108 @@ impl MergePlan {
     }
 }
 
+/// Lines the checkpoints up, and enters dissolved ties in `inputs`.
+fn align_inputs(inputs: &mut Inputs, limits: Limits) -> Result<Alignment, PlanError> {
+    let mut alignment = align(inputs, limits.untie)?;
+    inputs.tied.extend(std::mem::take(&mut alignment.tied));
+    Ok(alignment)
+}
+
+/// The plan of all sections while it is made.
+#[derive(Default)]
+struct Whole {
+    available: u64,
+    /// Of a sweep.
+    variant: bool,
+    blocks: Vec<BlockPlan>,
+    left_out: BTreeMap<String, String>,
+    /// Least bytes of the most demanding block, and its name.
+    worst: (u64, String),
+}
+
+impl Whole {
+    fn new(available: u64, variant: bool) -> Self {
+        Self { available, variant, ..Self::default() }
+    }
+
+    /// Adds the blocks of one section, or of a config without sections.
+    fn add(
+        &mut self,
+        config: &MergeConfig,
+        inputs: &Inputs,
+        alignment: &Alignment,
+        section: Option<usize>,
+        slice: Option<&SliceLayers>,
+    ) -> Result<(), PlanError> {
+        let reference = &inputs.checkpoints[inputs.reference()];
+        let layers = match (slice, section) {
+            (Some(slice), _) => LayerPosition::of_slice(slice.output.clone()),
+            (None, Some(_)) => LayerPosition::counted(reference),
+            (None, None) => LayerPosition::of(reference),
+        };
+        let worst = std::mem::take(&mut self.worst);
+        let mut planner = Planner {
+            config,
+            inputs,
+            section,
+            layers,
+            available: self.available,
+            variant: self.variant,
+            worst,
+        };
+        for meta in &alignment.tensors {
+            self.blocks.push(planner.block(meta)?);
+        }
+        self.worst = planner.worst;
+        self.left_out.extend(alignment.left_out.iter().map(|(name, why)| (name.clone(), why.clone())));
+        Ok(())
+    }
+
+    /// What belongs to none of the config's modules is taken from the reference.
+    fn add_rest(&mut self, inputs: &Inputs) {
+        let merged: HashSet<&str> = self.blocks.iter().map(|block| block.name.as_str()).collect();
+        let source = inputs.reference();
+        let view = &inputs.checkpoints[source];
+        let mut rest = Vec::new();
+        for (name, meta) in view.tensors() {
+            // What a module leaves out has been told.
+            if merged.contains(&*name) || self.left_out.contains_key(&*name) || inputs.in_module(&name) {
+                continue;
+            }
+            let action = if view.is_stored(meta) {
+                Action::Copy { source, reason: "in none of the config's modules" }
+            } else {
+                let recipe = Recipe { start: Start::Copy(source), solves: Vec::new(), method: "copy" };
+                Action::Merge { recipe, strategy: Strategy::Elements }
+            };
+            let elements = meta.elements() as usize;
+            rest.push(BlockPlan {
+                name: name.into_owned(),
+                section: None,
+                shape: meta.shape.clone(),
+                block: BlockShape::new(1, elements),
+                dtype: meta.dtype,
+                action,
+                unmatched: None,
+                memory_bytes: view.held_bytes(meta),
+                read_bytes: view.read_bytes(meta),
+                write_bytes: meta.bytes,
+                flops: 0.0,
+                large: elements > LARGE_ELEMENTS,
+            });
+        }
+        self.blocks.append(&mut rest);
+    }
+}
+
 struct Planner<'a> {
     config: &'a MergeConfig,
     inputs: &'a Inputs,
+    section: Option<usize>,
     layers: LayerPosition,
     available: u64,
+    /// Of a sweep.
+    variant: bool,
     /// Least bytes of the most demanding block, and its name.
     worst: (u64, String),
 }
@@ -267,6 +388,7 @@ impl Planner<'_> {
         };
         let mut plan = BlockPlan {
             name: meta.name.clone(),
+            section: self.section,
             shape: meta.shape.clone(),
             block: BlockShape::new(1, meta.elements() as usize),
             dtype: meta.dtype,
@@ -292,10 +414,14 @@ impl Planner<'_> {
         plan.dtype = self.config.output_dtype().map_or(meta.dtype, stored);
         let recipe = resolution.recipe;
         if recipe.solves.is_empty()
-            && let crate::merge::Start::Copy(from) = recipe.start
-            && inputs.tensor(from, &meta.name).is_some_and(|t| t.dtype == plan.dtype)
+            && let Start::Copy(from) = recipe.start
+            && inputs
+                .tensor(from, &meta.name)
+                .is_some_and(|t| t.dtype == plan.dtype && inputs.checkpoints[from].is_stored(t))
         {
-            plan.action = Action::Copy { source: from, reason: "taken from the base" };
+            let reason =
+                if recipe.method == "passthrough" { "passed through" } else { "taken from the base" };
+            plan.action = Action::Copy { source: from, reason };
             return Ok(plan);
         }
         plan.write_bytes = meta.elements() * plan.dtype.bits() / 8;
@@ -308,22 +434,41 @@ impl Planner<'_> {
         plan.read_bytes = self.read_bytes(meta, &recipe);
         plan.flops = flops(inputs, &meta.name, plan.block, &recipe);
         plan.large = plan.large || plan.flops > LARGE_FLOPS;
-        let least = match budget::fit(inputs, &meta.name, &recipe, plan.block, self.available) {
-            Ok(BlockMemory { strategy, bytes }) => {
-                plan.memory_bytes = bytes;
-                plan.action = Action::Merge { recipe: recipe.clone(), strategy };
-                budget::fit(inputs, &meta.name, &recipe, plan.block, 0).err().unwrap_or(0)
-            }
-            Err(least) => least,
-        };
+        // Factors of adapters, mean rows: held from the first value read to the last.
+        let held = self.held_bytes(meta, &recipe);
+        let available = self.available.saturating_sub(held);
+        let least = held
+            + match budget::fit(inputs, &meta.name, &recipe, plan.block, available, self.variant) {
+                Ok(BlockMemory { strategy, bytes }) => {
+                    plan.memory_bytes = bytes + held;
+                    plan.action = Action::Merge { recipe: recipe.clone(), strategy };
+                    budget::fit(inputs, &meta.name, &recipe, plan.block, 0, self.variant).err().unwrap_or(0)
+                }
+                Err(least) => least,
+            };
         if least >= self.worst.0 {
             self.worst = (least, meta.name.clone());
         }
         Ok(plan)
     }
 
+    fn held_bytes(&self, meta: &TensorMeta, recipe: &Recipe) -> u64 {
+        let mut sources = recipe.start.sources();
+        sources.extend(recipe.solves.iter().flat_map(|solve| &solve.models).map(|model| model.source));
+        sources.sort_unstable();
+        sources.dedup();
+        let of = |source: &SourceId| {
+            let tensor = self.inputs.tensor(*source, &meta.name);
+            tensor.map_or(0, |tensor| self.inputs.checkpoints[*source].held_bytes(tensor))
+        };
+        sources.iter().map(of).sum()
+    }
+
     fn read_bytes(&self, meta: &TensorMeta, recipe: &Recipe) -> u64 {
-        let of = |source: SourceId| self.inputs.tensor(source, &meta.name).map_or(0, |t| t.bytes);
+        let of = |source: SourceId| {
+            let tensor = self.inputs.tensor(source, &meta.name);
+            tensor.map_or(0, |tensor| self.inputs.checkpoints[source].read_bytes(tensor))
+        };
         let mut bytes: u64 = recipe.start.sources().into_iter().map(of).sum();
         for solve in &recipe.solves {
             bytes += solve.models.iter().map(|m| of(m.source)).sum::<u64>();
@@ -405,12 +550,14 @@ fn holds_input(block: &BlockPlan) -> bool {
 /// Groups blocks that share a factored Gram or held input factors, at the place of the first of them.
 fn units(inputs: &Inputs, blocks: &[BlockPlan]) -> Vec<Unit> {
     let mut units: Vec<Unit> = Vec::new();
-    let mut by_key: HashMap<String, usize> = HashMap::new();
+    let mut by_key: HashMap<(Option<usize>, String), usize> = HashMap::new();
     for (k, block) in blocks.iter().enumerate() {
+        let inputs = block.section.map_or(inputs, |section| &inputs.sections[section]);
         let key = match &block.action {
             Action::Merge { recipe, .. } => recipe.solves.last().and_then(|solve| {
-                gram_key(inputs, &block.name, solve)
-                    .or_else(|| input_factors_key(inputs, &block.name, solve, block.block))
+                let key = gram_key(inputs, &block.name, solve)
+                    .or_else(|| input_factors_key(inputs, &block.name, solve, block.block))?;
+                Some((block.section, key))
             }),
             Action::Copy { .. } => None,
         };

@@ -92,11 +92,8 @@ pub fn side_setup_bytes(kind: KroneckerKind, side: usize, models: usize, scalar:
             KroneckerKind::Eigen | KroneckerKind::Hybrid => {
                 (Eigen::<f32>::SQUARES + 1) as u64 * square * scalar as u64
             }
-            // The sum, in f64, its inverse factor, and panels of the factorisation.
-            KroneckerKind::Cholesky => {
-                (2 * square + crate::solve::cholesky::scratch_elements(side) as u64) * 8
-                    + square * scalar as u64
-            }
+            // The sum, in f64, and its inverse factor.
+            KroneckerKind::Cholesky => 2 * square * 8 + square * scalar as u64,
             // The sum and its decomposition in f64; whitened factors and the whitening itself.
             KroneckerKind::Generalized => {
                 (Eigen::<f64>::SQUARES + 2) as u64 * square * 8 + (models as u64 + 2) * square * scalar as u64

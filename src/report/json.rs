@@ -296,6 +296,15 @@ pub enum ReportError {
         /// Where it stops being one.
         source: serde_json::Error,
     },
+
+    /// Not JSON, or without a list of runs.
+    #[error("{}: not a sweep's record, or not all of it (expected a list `runs`)", EscapedPath(path))]
+    MalformedSweep {
+        /// The record.
+        path: PathBuf,
+        /// Where it stops being JSON, if it does.
+        source: Option<serde_json::Error>,
+    },
 }
 
 impl RunReport {
@@ -313,19 +322,28 @@ impl RunReport {
     /// [`ReportError`], naming the file.
     pub fn read(directory: &Path) -> Result<Self, ReportError> {
         let path = directory.join(FILE_NAME);
-        let io = |source| ReportError::Io { path: path.clone(), source };
-        // By its metadata first: opening a FIFO would wait for a writer for ever.
-        let metadata = std::fs::metadata(&path).map_err(io)?;
-        if !metadata.is_file() {
-            return Err(ReportError::NotRegular { path });
-        }
-        if metadata.len() > MAX_BYTES {
-            return Err(ReportError::TooLarge { path, bytes: metadata.len() });
-        }
-        let mut bytes = Vec::new();
-        File::open(&path).and_then(|file| file.take(MAX_BYTES).read_to_end(&mut bytes)).map_err(io)?;
+        let bytes = read_record(&path)?;
         serde_json::from_slice(&bytes).map_err(|source| ReportError::Malformed { path, source })
     }
+}
+
+/// The bytes of a record: of a regular file, of a length that a record can have.
+///
+/// # Errors
+/// [`ReportError`], naming the file.
+pub fn read_record(path: &Path) -> Result<Vec<u8>, ReportError> {
+    let io = |source| ReportError::Io { path: path.to_owned(), source };
+    // By its metadata first: opening a FIFO would wait for a writer for ever.
+    let metadata = std::fs::metadata(path).map_err(io)?;
+    if !metadata.is_file() {
+        return Err(ReportError::NotRegular { path: path.to_owned() });
+    }
+    if metadata.len() > MAX_BYTES {
+        return Err(ReportError::TooLarge { path: path.to_owned(), bytes: metadata.len() });
+    }
+    let mut bytes = Vec::new();
+    File::open(path).and_then(|file| file.take(MAX_BYTES).read_to_end(&mut bytes)).map_err(io)?;
+    Ok(bytes)
 }
 
 #[cfg(test)]

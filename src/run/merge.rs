@@ -1,27 +1,26 @@
 //! `merge`: config → plan → stream → published directory with its report.
 
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use super::inputs::{input_paths, open_inputs};
+use super::record;
 use super::resources::{available_memory, limits, metadata_bytes};
 use super::resume::{self, Committer, Done};
+use super::sweep::sweep_config;
 use crate::cli::{MergeArgs, Nonfinite};
-use crate::config::MergeConfig;
+use crate::config::{ConfigError, MergeConfig};
 use crate::error::Error;
-use crate::merge::{Inputs, MergeError, SolveDetail, SolveOutcome};
-use crate::plan::{Action, BlockPlan, Limits, MergePlan};
-use crate::read::{InputFile, IoMode};
-use crate::report::{
-    CardModel, InputFileRecord, InputRecord, ModelCard, OutputFileRecord, ParameterReport, Progress,
-    ProgressMode, RoundReport, RunReport, RunSettings, UnmergedRecord, anonymous_bytes, peak_rss_bytes,
-};
+use crate::merge::{Inputs, MergeError};
+use crate::plan::{Limits, MergePlan};
+use crate::read::IoMode;
+use crate::report::{Progress, ProgressMode, RunReport};
 use crate::stream::{self, BlockReport};
-use crate::write::{CheckpointWriter, OutputDir, SideFile, copy_side_files, patch_config, torch_dtype_name};
+use crate::write::{CheckpointWriter, OutputDir, SideFile};
 
 /// How to merge: the flags, for callers of the library.
 #[derive(Debug, Clone)]
@@ -43,6 +42,8 @@ pub struct MergeOptions {
 /// What a finished merge tells.
 #[derive(Debug)]
 pub struct MergeSummary {
+    /// Of the model, where it is one of a sweep.
+    pub name: Option<String>,
     /// As published in `merge_report.json`.
     pub report: RunReport,
     /// Parameters whose solver did not converge.
@@ -56,7 +57,7 @@ impl MergeSummary {
     fn already(report: RunReport) -> Self {
         let unconverged = report.parameters.iter().filter(|(_, p)| p.converged == Some(false));
         let unconverged = unconverged.map(|(name, _)| name.clone()).collect();
-        Self { report, unconverged, already: true }
+        Self { name: None, report, unconverged, already: true }
     }
 }
 
@@ -84,10 +85,11 @@ impl Signals {
         Self { cancel, number }
     }
 
-    fn interrupted(&self, out: &Path) -> Option<Error> {
+    /// `out`: where `--resume` can go on.
+    fn interrupted(&self, out: Option<&Path>) -> Option<Error> {
         match self.number.load(Ordering::Relaxed) {
             0 => None,
-            signal => Some(Error::Interrupted { signal: signal as i32, out: out.to_owned() }),
+            signal => Some(Error::Interrupted { signal: signal as i32, out: out.map(Path::to_owned) }),
         }
     }
 }
@@ -109,39 +111,52 @@ pub(super) fn command(args: MergeArgs) -> Result<ExitCode, Error> {
         resume: args.resume,
     };
     let signals = Signals::install();
-    let summary = merge(&args.config, &out, &options, &signals.cancel).map_err(|error| {
-        match (&error, signals.interrupted(&out)) {
-            (Error::Merge(MergeError::Cancelled), Some(interrupted)) => interrupted,
-            _ => error,
-        }
+    let config = MergeConfig::load(&args.config)?;
+    let merged = match config.sweep {
+        Some(_) => sweep_config(&config, &out, &options, &signals.cancel).map(|summary| summary.models),
+        None => merge_config(&config, &out, &options, &signals.cancel).map(|summary| vec![summary]),
+    };
+    let resumable = config.sweep.is_none().then_some(&*out);
+    let summaries = merged.map_err(|error| match (&error, signals.interrupted(resumable)) {
+        (Error::Merge(MergeError::Cancelled), Some(interrupted)) => interrupted,
+        _ => error,
     })?;
-    if summary.already {
-        let out = crate::report::units::EscapedPath(&out).to_string();
-        let _ = writeln!(std::io::stderr(), "mats-stream: {out}: this merge is complete; nothing to do");
-    }
-    for (name, record) in &summary.report.parameters {
-        if let Some(reason @ ("not_finite" | "not_positive_definite")) = record.stop_reason.as_deref() {
-            let name = crate::read::escaped(name);
-            tracing::warn!("tensor `{name}`: the solver stopped ({reason}) and kept its last good iterate");
+    let mut code = ExitCode::SUCCESS;
+    for summary in &summaries {
+        if summary.already {
+            let out = crate::report::units::EscapedPath(&out).to_string();
+            let _ = writeln!(std::io::stderr(), "mats-stream: {out}: this merge is complete; nothing to do");
         }
-    }
-    if !summary.unconverged.is_empty() {
+        let of = summary.name.as_ref().map_or_else(String::new, |name| format!("{name}: "));
+        for (name, record) in &summary.report.parameters {
+            if let Some(reason @ ("not_finite" | "not_positive_definite")) = record.stop_reason.as_deref() {
+                let name = crate::read::escaped(name);
+                tracing::warn!(
+                    "{of}tensor `{name}`: the solver stopped ({reason}) and kept its last good iterate"
+                );
+            }
+        }
+        if summary.unconverged.is_empty() {
+            continue;
+        }
         let shown: Vec<String> =
             summary.unconverged.iter().take(3).map(|n| crate::read::escaped(n)).collect();
         let more = summary.unconverged.len() - shown.len();
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-        let line =
-            format!("{} parameters did not converge: {}{more}", summary.unconverged.len(), shown.join(", "));
+        let count = summary.unconverged.len();
+        let line = format!("{of}{count} parameters did not converge: {}{more}", shown.join(", "));
         if args.require_convergence {
             tracing::error!("{line}");
-            return Ok(ExitCode::from(3));
+            code = ExitCode::from(3);
+        } else {
+            tracing::info!("{line}");
         }
-        tracing::info!("{line}");
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(code)
 }
 
-/// Merges the models of the config at `config` into the new directory `out`. Raise `cancel` to stop.
+/// Merges the models of the config at `config` into the new directory `out`. Raise `cancel` to stop. A config with `sweep`
+/// is [`super::sweep`]'s.
 ///
 /// # Errors
 /// [`Error`]; nothing stands under a final name then.
@@ -151,21 +166,38 @@ pub fn merge(
     options: &MergeOptions,
     cancel: &AtomicBool,
 ) -> Result<MergeSummary, Error> {
-    let started = Instant::now();
     let config = MergeConfig::load(config)?;
-    let config_hash = config_hash(&config);
-    let paths = input_paths(&config);
+    if let Some(sweep) = &config.sweep {
+        return Err(Error::Config(ConfigError::NotAllowed {
+            path: config.path.clone(),
+            line: sweep.line,
+            key: "sweep".to_owned(),
+            why: "stands for several models, and one was asked for".to_owned(),
+        }));
+    }
+    merge_config(&config, out, options, cancel)
+}
+
+fn merge_config(
+    config: &MergeConfig,
+    out: &Path,
+    options: &MergeOptions,
+    cancel: &AtomicBool,
+) -> Result<MergeSummary, Error> {
+    let started = Instant::now();
+    let config_hash = record::config_hash(config);
+    let paths = input_paths(config);
     let complete = if options.resume { resume::finished(out) } else { None };
     match (&complete, options.resume) {
         (Some(report), _) => resume::check_finished(out, report, &config_hash, None)?,
         (None, true) => OutputDir::check_unfinished(out, &paths)?,
         (None, false) => OutputDir::check(out, &paths)?,
     }
-    let opened = open_inputs(&config, options.io, options.refuse_nonfinite);
+    let opened = open_inputs(config, options.io, options.refuse_nonfinite);
     if let Some(report) = complete {
         // Inputs may be gone once a merge is done.
         if let Ok(inputs) = &opened {
-            let key = resume::key(config_hash.clone(), options, input_files(inputs))?;
+            let key = resume::key(config_hash.clone(), options, inputs)?;
             resume::check_finished(out, &report, &config_hash, Some(&key))?;
         }
         OutputDir::tidy(out);
@@ -173,14 +205,14 @@ pub fn merge(
     }
     let mut inputs = opened?;
     let metadata = metadata_bytes(&inputs);
-    let plan = MergePlan::new(&config, &mut inputs, options.limits, metadata)?;
+    let plan = MergePlan::new(config, &mut inputs, options.limits, metadata)?;
     for warning in &plan.warnings {
         tracing::warn!("{warning}");
     }
     let inputs = Arc::new(inputs);
 
-    let key = resume::key(config_hash, options, input_files(&inputs))?;
-    let side = side_files(&config, &plan, &inputs)?;
+    let key = resume::key(config_hash, options, &inputs)?;
+    let side = record::side_files(config, &plan, &inputs)?;
     let own = |name: &str| side.iter().any(|file| file.name == name) || plan.layout.owns(name);
     let (writer, before) = resume::open(out, &paths, &own, options.resume, &plan, key.clone())?;
     if before.len() > 0 {
@@ -199,25 +231,25 @@ pub fn merge(
             }
         })?;
     progress.finish();
-    for file in input_files(&inputs) {
+    for file in record::input_files(&inputs) {
         file.check_unchanged()?;
     }
     // From here on only the disk can be at fault, and everything is there.
     writer.keep_unfinished();
     writer.sync()?;
 
-    let mut unconverged: Vec<String> = blocks
-        .iter()
-        .filter(|b| is_unconverged(b))
-        .map(|b| plan.blocks[b.block].name.clone())
-        .chain(before.unconverged(&plan))
-        .collect();
+    let mut unconverged: Vec<String> =
+        unconverged(&plan, &blocks).into_iter().chain(before.unconverged(&plan)).collect();
     unconverged.sort_unstable();
-    let mut report = report(&config, &plan, &inputs, &blocks, options, started, writer.bytes_written());
-    before.complete(&mut report, &plan, &writer, &key, input_files(&inputs))?;
-    let record = SideFile::new(crate::report::REPORT_FILE, report.to_json());
-    writer.finish(side, record)?;
-    Ok(MergeSummary { report, unconverged, already: false })
+    let mut report =
+        record::report(config, &plan, &inputs, &blocks, options, started, writer.bytes_written());
+    before.complete(&mut report, &plan, &writer, &key, record::input_files(&inputs))?;
+    for warning in &report.warnings[plan.warnings.len()..] {
+        tracing::warn!("{warning}");
+    }
+    let last = SideFile::new(crate::report::REPORT_FILE, report.to_json());
+    writer.finish(side, last)?;
+    Ok(MergeSummary { name: None, report, unconverged, already: false })
 }
 
 /// What made a block fail, if an input changed: what was found in it then says nothing about the file that was opened.
@@ -225,7 +257,7 @@ fn changed_input(error: Error, inputs: &Inputs) -> Error {
     if matches!(error, Error::Merge(MergeError::Cancelled | MergeError::Write(_)) | Error::Write(_)) {
         return error;
     }
-    input_files(inputs).find_map(|file| file.check_unchanged().err()).map_or(error, Error::from)
+    record::input_files(inputs).find_map(|file| file.check_unchanged().err()).map_or(error, Error::from)
 }
 
 /// Runs the plan while a thread of its own makes finished tensors durable.
@@ -236,15 +268,12 @@ fn stream_and_commit(
     progress: &Progress,
     cancel: &AtomicBool,
 ) -> Result<Vec<BlockReport>, Error> {
-    let input_bytes: u64 = inputs.checkpoints.iter().map(|c| c.total_bytes()).sum();
-    // Inputs that will not fit in the page cache are not kept there: the machine has better use for it.
-    let drop_cache = input_bytes > available_memory() / 2;
     let committer = Committer::new(writer);
     let finished = |block: &BlockReport| {
         let planned = &plan.blocks[block.block];
         let done = Done {
-            parameter: parameter(planned, block),
-            flops: flops(planned, block),
+            parameter: record::parameter(planned, block),
+            flops: record::flops(planned, block),
             unconverged: is_unconverged(block),
             differs_in: block.differs_in.clone(),
         };
@@ -253,7 +282,7 @@ fn stream_and_commit(
     let (streamed, committed) = std::thread::scope(|threads| {
         let commits = threads.spawn(|| committer.run(cancel));
         let end = committer.stop_at_end();
-        let streamed = stream::run(plan, inputs, writer, progress, cancel, drop_cache, &finished);
+        let streamed = stream::run(plan, inputs, writer, progress, cancel, drops_cache(inputs), &finished);
         drop(end);
         (streamed, commits.join().unwrap_or(Ok(())))
     });
@@ -268,213 +297,13 @@ fn is_unconverged(block: &BlockReport) -> bool {
     block.outcomes.last().is_some_and(|outcome| !outcome.stop.converged())
 }
 
-/// What is told of an integer tensor that `model` has otherwise.
-pub(super) fn differs(tensor: &str, model: &str) -> String {
-    let name = crate::read::escaped(tensor);
-    format!("tensor `{name}` has other values in {model}; the reference's were copied")
+/// Inputs that will not fit in the page cache are not kept there: the machine has better use for it.
+pub(super) fn drops_cache(inputs: &Inputs) -> bool {
+    let input_bytes: u64 = inputs.checkpoints.iter().map(|c| c.total_bytes()).sum();
+    input_bytes > available_memory() / 2
 }
 
-fn input_files(inputs: &Inputs) -> impl Iterator<Item = &InputFile> {
-    let statistics = inputs.models.iter().filter_map(|m| m.statistics.as_deref()).flat_map(|s| s.files());
-    inputs.checkpoints.iter().flat_map(|c| c.files()).chain(statistics)
-}
-
-/// Config, tokenizer and generation files of the reference, the model card and the config that was carried out.
-fn side_files(config: &MergeConfig, plan: &MergePlan, inputs: &Inputs) -> Result<Vec<SideFile>, Error> {
-    let reference = &inputs.checkpoints[inputs.reference()];
-    let mut files = match reference.directory() {
-        Some(directory) => copy_side_files(directory)?,
-        None => Vec::new(),
-    };
-    let dtype = config.output_dtype().and_then(|_| {
-        plan.blocks
-            .iter()
-            .find(|b| matches!(b.action, Action::Merge { .. }))
-            .and_then(|b| torch_dtype_name(b.dtype.name()))
-    });
-    let tie = (!inputs.tied.is_empty()).then_some(false);
-    if let Some(patched) = reference.config().and_then(|c| patch_config(c, dtype, tie)) {
-        files.retain(|f| f.name != "config.json");
-        files.push(SideFile::json("config.json", &patched));
-    }
-    files.retain(|f| f.name != "README.md" && f.name != "merge_config.yml");
-    files.push(SideFile::new("README.md", card(config, plan)));
-    files.push(SideFile::new("merge_config.yml", config.text.clone()));
-    Ok(files)
-}
-
-fn card(config: &MergeConfig, plan: &MergePlan) -> String {
-    let file_name =
-        |path: &PathBuf| path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-    let merged = plan
-        .blocks
-        .iter()
-        .filter(|b| matches!(b.action, Action::Merge { .. }) && b.unmatched.is_none())
-        .count();
-    ModelCard {
-        title: config.name.clone().unwrap_or_else(|| "merge".to_owned()),
-        base_model: config.base_model.as_ref().map(|m| m.written.clone()),
-        models: config
-            .models
-            .iter()
-            .enumerate()
-            .map(|(i, m)| CardModel {
-                name: m.model.written.clone(),
-                weight: config
-                    .round
-                    .model_parameters
-                    .get(i)
-                    .and_then(|p| p.uniform_number("weight"))
-                    .map(|w| w.to_string()),
-                statistics: m.statistics.iter().map(file_name).collect(),
-            })
-            .collect(),
-        method: config.round.method.name().to_owned(),
-        summary: format!(
-            "{merged} of {} tensors were merged by `{}`.",
-            plan.blocks.len(),
-            config.round.method.name()
-        ),
-        config: config.text.clone(),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-    }
-    .render()
-}
-
-fn report(
-    config: &MergeConfig,
-    plan: &MergePlan,
-    inputs: &Inputs,
-    blocks: &[BlockReport],
-    options: &MergeOptions,
-    started: Instant,
-    bytes_written: u64,
-) -> RunReport {
-    let mut report = RunReport {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        config_hash: config_hash(config),
-        wall_seconds: started.elapsed().as_secs_f64(),
-        peak_rss_bytes: peak_rss_bytes(),
-        peak_anonymous_bytes: anonymous_bytes(),
-        bytes_read: blocks.iter().map(|b| b.bytes_read).sum(),
-        bytes_written,
-        flops: blocks.iter().map(|b| flops(&plan.blocks[b.block], b)).sum(),
-        settings: RunSettings {
-            threads: options.limits.threads,
-            max_memory: options.limits.max_memory,
-            io: if options.io == IoMode::Mmap { "mmap" } else { "pread" }.to_owned(),
-            seed: Some(options.seed),
-        },
-        inputs: input_records(config, inputs),
-        outputs: plan
-            .layout
-            .shards()
-            .iter()
-            .map(|s| OutputFileRecord { name: s.file_name.clone(), bytes: s.file_bytes })
-            .collect(),
-        warnings: plan.warnings.clone(),
-        unmerged: plan
-            .not_merged()
-            .map(|(name, reason)| UnmergedRecord { name: name.to_owned(), reason })
-            .collect(),
-        ..RunReport::default()
-    };
-    for block in blocks {
-        let planned = &plan.blocks[block.block];
-        report.parameters.insert(planned.name.clone(), parameter(planned, block));
-        if let Some(model) = &block.differs_in {
-            report.warnings.push(differs(&planned.name, model));
-            tracing::warn!("{}", report.warnings[report.warnings.len() - 1]);
-        }
-    }
-    report
-}
-
-fn flops(planned: &BlockPlan, block: &BlockReport) -> f64 {
-    let counted: f64 = block.outcomes.iter().map(|o| o.flops).sum();
-    if counted > 0.0 { counted } else { planned.flops }
-}
-
-fn parameter(planned: &BlockPlan, block: &BlockReport) -> ParameterReport {
-    let mut parameter = ParameterReport {
-        seconds: block.seconds,
-        bytes_read: block.bytes_read,
-        note: planned.unmatched.clone(),
-        ..ParameterReport::default()
-    };
-    let Action::Merge { recipe, .. } = &planned.action else {
-        parameter.method = "copy".to_owned();
-        if let Action::Copy { reason, .. } = &planned.action {
-            parameter.note = Some((*reason).to_owned());
-        }
-        return parameter;
-    };
-    parameter.method = recipe.method.to_owned();
-    parameter.rounds =
-        recipe.solves.iter().zip(&block.outcomes).map(|(solve, outcome)| round(solve, outcome)).collect();
-    // The last round is the parameter's own.
-    if let Some(last) = parameter.rounds.pop() {
-        parameter.solver = Some(last.method);
-        parameter.subspace = last.subspace;
-        parameter.iterations = last.iterations;
-        parameter.stop_reason = last.stop_reason;
-        parameter.initial_relative_residual = last.initial_relative_residual;
-        parameter.final_relative_residual = last.final_relative_residual;
-        parameter.objective_initial = last.objective_initial;
-        parameter.objective_final = last.objective_final;
-        parameter.converged = last.converged;
-        parameter.ridge = last.ridge;
-    }
-    if let Some(last) = block.outcomes.last() {
-        let SolveDetail { preconditioner, setup, solve_seconds, history } = &last.detail;
-        parameter.preconditioner = preconditioner.map(str::to_owned);
-        parameter.setup = *setup;
-        parameter.solve_seconds = *solve_seconds;
-        parameter.history.clone_from(history);
-    }
-    parameter
-}
-
-fn round(solve: &crate::merge::Solve, outcome: &SolveOutcome) -> RoundReport {
-    RoundReport {
-        method: solve.solver.name().to_owned(),
-        subspace: Some(solve.system.name().to_owned()),
-        iterations: outcome.iterations.map(|k| k as u64),
-        stop_reason: Some(outcome.stop.name().to_owned()),
-        initial_relative_residual: outcome.initial_relative_residual,
-        final_relative_residual: outcome.final_relative_residual,
-        objective_initial: Some(outcome.objective_initial),
-        objective_final: Some(outcome.objective_final),
-        converged: Some(outcome.stop.converged()),
-        ridge: (solve.ridge > 0.0).then_some(solve.ridge),
-    }
-}
-
-/// Hash of what the config means, not of how it is written.
-fn config_hash(config: &MergeConfig) -> String {
-    let text = format!("{}\n{}", env!("CARGO_PKG_VERSION"), config.canonical_hash_input());
-    format!("{:032x}", twox_hash::XxHash3_128::oneshot(text.as_bytes()))
-}
-
-fn input_records(config: &MergeConfig, inputs: &Inputs) -> Vec<InputRecord> {
-    let record = |path: String, files: &[InputFile]| InputRecord {
-        path,
-        files: files
-            .iter()
-            .map(|file| InputFileRecord {
-                name: file.path().file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
-                bytes: file.fingerprint().len,
-                mtime_ns: file.fingerprint().mtime_ns,
-                header_hash: None,
-                location: None,
-            })
-            .collect(),
-    };
-    let checkpoints =
-        inputs.checkpoints.iter().zip(&inputs.names).map(|(c, name)| record(name.clone(), c.files()));
-    let statistics = inputs.models.iter().zip(&config.models).filter_map(|(input, entry)| {
-        let statistics = input.statistics.as_ref()?;
-        Some(record(format!("{} (statistics)", entry.model.written), statistics.files()))
-    });
-    checkpoints.chain(statistics).collect()
+/// Parameters whose last solver did not meet its tolerance.
+pub(super) fn unconverged(plan: &MergePlan, blocks: &[BlockReport]) -> Vec<String> {
+    blocks.iter().filter(|block| is_unconverged(block)).map(|b| plan.blocks[b.block].name.clone()).collect()
 }

@@ -1,9 +1,14 @@
 //! The commands: from parsed arguments to an exit code. `main` calls [`run`]; everything else is called from here.
 
 mod inputs;
+mod manual;
 mod merge;
+mod record;
+mod report;
 mod resources;
 mod resume;
+mod sections;
+mod sweep;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -11,11 +16,12 @@ use std::process::ExitCode;
 pub use inputs::open_inputs;
 pub use merge::{MergeOptions, MergeSummary, merge};
 pub use resources::default_max_memory;
+pub use sweep::{SweepSummary, sweep};
 
 use crate::cli::{Cli, Command, DiffArgs, InspectArgs, PlanArgs, VerifyArgs};
 use crate::config::MergeConfig;
 use crate::error::Error;
-use crate::plan::MergePlan;
+use crate::plan::{MergePlan, SweepPlan};
 use crate::read::IoMode;
 
 /// Carries out a command; what it was asked for goes to stdout, everything else to stderr.
@@ -32,6 +38,9 @@ pub fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Inspect(args) => inspect(&args),
         Command::Diff(args) => diff(&args),
         Command::Verify(args) => verify(&args),
+        Command::Report(args) => report::command(&args),
+        Command::Completions(args) => manual::completions(&args),
+        Command::Man(args) => manual::man(&args),
     }
 }
 
@@ -39,11 +48,17 @@ fn plan(args: &PlanArgs) -> Result<ExitCode, Error> {
     let config = MergeConfig::load(&args.config)?;
     let mut inputs = open_inputs(&config, io_mode(args.resources.io), true)?;
     let metadata = resources::metadata_bytes(&inputs);
-    let plan = MergePlan::new(&config, &mut inputs, resources::limits(&args.resources)?, metadata)?;
-    for warning in &plan.warnings {
-        tracing::warn!("{warning}");
+    let limits = resources::limits(&args.resources)?;
+    let warn = |plan: &MergePlan| plan.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+    if let Some(sweep) = &config.sweep {
+        let plan = SweepPlan::new(&sweep.variants, &mut inputs, limits, metadata)?;
+        plan.plans.first().map(warn);
+        print(|out| if args.json { json(out, &plan.to_json()) } else { plan.write_table(out) })?;
+    } else {
+        let plan = MergePlan::new(&config, &mut inputs, limits, metadata)?;
+        warn(&plan);
+        print(|out| if args.json { json(out, &plan.to_json()) } else { plan.write_table(out) })?;
     }
-    print(|out| if args.json { json(out, &plan.to_json()) } else { plan.write_table(out) })?;
     Ok(ExitCode::SUCCESS)
 }
 

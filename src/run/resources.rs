@@ -13,9 +13,16 @@ const METADATA_FACTOR: u64 = 6;
 /// What the process holds once all headers are open: computed, so that the same config gives the same plan.
 pub(super) fn metadata_bytes(inputs: &Inputs) -> u64 {
     let checkpoints: u64 = inputs.checkpoints.iter().map(|c| c.header_bytes()).sum();
+    let parts = inputs.sections.iter().flat_map(|section| &section.checkpoints).chain(&inputs.checkpoints);
+    let rows: u64 = parts.map(|view| view.model().map_bytes()).sum();
     let statistics: u64 =
         inputs.models.iter().filter_map(|m| m.statistics.as_ref()).map(|s| s.header_bytes()).sum();
-    PROGRAM_BYTES + METADATA_FACTOR * (checkpoints + statistics)
+    let files = inputs.files.changed.iter().map(|(_, bytes)| bytes.len() as u64).sum::<u64>();
+    PROGRAM_BYTES
+        + METADATA_FACTOR * (checkpoints + statistics)
+        + rows
+        + files
+        + inputs.files.vocabulary_bytes
 }
 
 pub(super) fn limits(args: &ResourceArgs) -> Result<Limits, Error> {

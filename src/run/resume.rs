@@ -11,10 +11,13 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::merge::MergeOptions;
+use super::record;
 use crate::error::Error;
+use crate::merge::Inputs;
 use crate::plan::MergePlan;
 use crate::read::{InputFile, ReadError, header_hash};
 use crate::report::{ParameterReport, REPORT_FILE, RunReport};
+use crate::tokenizer::is_tokenizer_file;
 use crate::write::fault;
 use crate::write::journal::{self, Journal, KeyInput, Record, RunKey};
 use crate::write::{CheckpointWriter, OutputDir, WriteError};
@@ -36,18 +39,18 @@ pub(super) struct Done {
 }
 
 /// Everything that decides the bytes of the output.
-pub(super) fn key<'f>(
-    config_hash: String,
-    options: &MergeOptions,
-    files: impl Iterator<Item = &'f InputFile>,
-) -> Result<RunKey, ReadError> {
-    let inputs = files.map(|file| {
+pub(super) fn key(config_hash: String, options: &MergeOptions, inputs: &Inputs) -> Result<RunKey, ReadError> {
+    let files = record::input_files(inputs).map(|file| {
         let state = file.fingerprint();
         Ok(KeyInput {
             path: file.path().display().to_string(),
             state: format!("{} {} {} {}", state.len, state.mtime_ns, state.ctime_ns, header_hash(file)?),
         })
     });
+    let mut files = files.collect::<Result<Vec<_>, ReadError>>()?;
+    for directory in inputs.checkpoints.iter().filter_map(|checkpoint| checkpoint.directory()) {
+        files.extend(small_files(directory));
+    }
     Ok(RunKey {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         cpu: cpu(),
@@ -59,8 +62,28 @@ pub(super) fn key<'f>(
             if options.refuse_nonfinite { "error" } else { "propagate" },
             if options.limits.untie { " --untie" } else { "" },
         ),
-        inputs: inputs.collect::<Result<_, ReadError>>()?,
+        inputs: files,
     })
+}
+
+/// Configs and tokenizers beside a model: they say what vocabularies and layers there are.
+fn small_files(directory: &Path) -> Vec<KeyInput> {
+    let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
+    let mut files: Vec<KeyInput> = entries
+        .filter_map(|entry| {
+            let path = entry.ok()?.path();
+            let name = path.file_name()?.to_str()?;
+            if name != "config.json" && !is_tokenizer_file(name) {
+                return None;
+            }
+            let metadata = std::fs::metadata(&path).ok()?;
+            let modified = metadata.modified().ok()?.duration_since(std::time::UNIX_EPOCH).ok()?;
+            let state = format!("{} {}", metadata.len(), modified.as_nanos());
+            Some(KeyInput { path: path.display().to_string(), state })
+        })
+        .collect();
+    files.sort_by(|a, b| a.path.cmp(&b.path));
+    files
 }
 
 /// One line for the report, by which a finished directory is known again.
@@ -209,7 +232,7 @@ impl Before {
             report.flops += done.flops;
             report.bytes_written += plan.blocks[k].write_bytes;
             let name = &plan.blocks[k].name;
-            report.warnings.extend(done.differs_in.map(|model| super::merge::differs(name, &model)));
+            report.warnings.extend(done.differs_in.map(|model| record::differs(name, &model)));
             report.parameters.insert(name.clone(), done.parameter);
         }
         report.resumed_tensors = (resumed > 0).then_some(resumed as u64);

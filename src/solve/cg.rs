@@ -43,7 +43,8 @@ pub struct CgOutcome {
 ///
 /// Each step costs one application of `operator`, one of `preconditioner`, and three fused passes over the vectors.
 /// Scalars and sums are f64 whatever `T` is. A breakdown (`⟨p, A·p⟩ ≤ 0`, anything not finite) ends the solve with its
-/// reason and the last good iterate: the objective falls at every completed step, so the last is the best.
+/// reason and the last good iterate: the objective falls at every completed step, so the last is the best. `observe` sees
+/// the start and every step, each with the displacement so far.
 ///
 /// # Errors
 /// Those of the operator and the preconditioner.
@@ -57,7 +58,7 @@ pub fn conjugate_gradients<T: Real>(
     start: &SolveStart,
     rule: &mut dyn StoppingRule,
     workspace: &mut Workspace<T>,
-    observe: &mut dyn FnMut(&IterationRecord),
+    observe: &mut dyn FnMut(&IterationRecord, &[T]),
 ) -> Result<CgOutcome, OperatorError> {
     let CgVectors { d, r, p, q, z } = vectors;
     let threading = workspace.threading;
@@ -83,7 +84,7 @@ pub fn conjugate_gradients<T: Real>(
         total_decrease: 0.0,
     };
     rule.start(start);
-    observe(&step);
+    observe(&step, d);
 
     let stop = loop {
         if !rr.is_finite() || !rho.is_finite() {
@@ -128,7 +129,7 @@ pub fn conjugate_gradients<T: Real>(
             total_decrease: step.total_decrease + decrease,
         };
         rho = rho_next;
-        observe(&step);
+        observe(&step, d);
     };
     Ok(CgOutcome {
         stop,

@@ -84,10 +84,17 @@ pub fn solve<T: Real>(
     let residual_norm = residual(initial_guess, &mut r, &mut workspace)?;
     let start = SolveStart { rhs_norm, residual_norm, unknowns: len };
     let vectors = CgVectors { d: &mut d, r: &mut r, p: &mut p, q: &mut q, z: &mut z };
-    let outcome =
-        conjugate_gradients(operator, preconditioner, vectors, &start, rule, &mut workspace, &mut |step| {
+    let outcome = conjugate_gradients(
+        operator,
+        preconditioner,
+        vectors,
+        &start,
+        rule,
+        &mut workspace,
+        &mut |step, _| {
             observer.iteration(step);
-        })?;
+        },
+    )?;
     let x: Vec<T> =
         initial_guess.iter().zip(d.iter()).map(|(x, d)| T::from_f64(x.to_f64() + d.to_f64())).collect();
     let norm = residual(&x, &mut r, &mut workspace)?;

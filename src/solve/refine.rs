@@ -159,7 +159,7 @@ pub(crate) fn refine_displacement<E: From<OperatorError>>(
             &start,
             &mut rule,
             workspace,
-            &mut |step| {
+            &mut |step, _| {
                 // The record of a round's start is the last one's end.
                 if first || step.iteration > 0 {
                     observe(&IterationRecord {

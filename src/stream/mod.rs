@@ -14,7 +14,8 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::kernel::{OutOfMemory, Threading};
-use crate::merge::block::{Shared, Strategy, merge_block};
+use crate::merge::block::{Shared, Strategy, Values, merge_block};
+use crate::merge::sweep::{Variant, VariantRun, merge_variants};
 use crate::merge::{BlockContext, Inputs, MergeError, SolveOutcome, Tally};
 use crate::plan::{Action, BlockPlan, MergePlan, Unit, budget};
 use crate::read::Dtype;
@@ -59,6 +60,27 @@ pub fn run(
     drop_cache: bool,
     finished: &(dyn Fn(&BlockReport) + Sync),
 ) -> Result<Vec<BlockReport>, MergeError> {
+    let (plans, writers) = (std::slice::from_ref(plan), std::slice::from_ref(writer));
+    let mut reports = run_variants(plans, inputs, writers, progress, cancel, drop_cache, finished)?;
+    Ok(reports.pop().unwrap_or_default())
+}
+
+/// Runs the plans of a sweep's variants together, block by block: each block's inputs are read once for all of them.
+/// The plans have the same blocks and units; the units of the first, whose memory is that of every variant, are the ones
+/// that run. One writer and one list of reports a plan. `finished` is told of blocks where there is one plan alone.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_variants(
+    plans: &[MergePlan],
+    inputs: &Arc<Inputs>,
+    writers: &[CheckpointWriter],
+    progress: &Progress,
+    cancel: &AtomicBool,
+    drop_cache: bool,
+    finished: &(dyn Fn(&BlockReport) + Sync),
+) -> Result<Vec<Vec<BlockReport>>, MergeError> {
+    let Some(plan) = plans.first() else { return Ok(Vec::new()) };
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(plan.limits.threads)
         .thread_name(|k| format!("solver-{k}"))
@@ -69,21 +91,22 @@ pub fn run(
         })?;
     let available = plan.limits.max_memory.saturating_sub(plan.overhead_bytes);
     let window = (plan.limits.max_memory / 4).clamp(LEAST_WINDOW, MOST_WINDOW);
-    let (sink, drain) = sink::channel(writer, budget::out_buffers(plan.limits.threads));
+    let (sink, drain) = sink::channel(writers, budget::out_buffers(plan.limits.threads));
     let position = prefetch::Position::default();
     let state = Admission::new(available);
-    let engine = Engine { plan, inputs, writer, progress, cancel, position: &position, drop_cache, finished };
+    let engine =
+        Engine { plans, inputs, writers, progress, cancel, position: &position, drop_cache, finished };
 
     let (reports, written) = std::thread::scope(|threads| {
         let drained = threads.spawn(|| {
-            let result = drain.run(writer);
+            let result = drain.run(writers);
             if result.is_err() {
                 cancel.store(true, Ordering::Relaxed);
             }
             result
         });
-        threads.spawn(|| prefetch::run(plan, inputs, &position, window, |k| writer.resumed(k)));
-        let reports: Mutex<Vec<BlockReport>> = Mutex::new(Vec::with_capacity(plan.blocks.len()));
+        threads.spawn(|| prefetch::run(plan, inputs, &position, window, |k| engine.resumed(k)));
+        let reports: Mutex<Vec<Vec<BlockReport>>> = Mutex::new(Vec::with_capacity(plan.blocks.len()));
         let failed: Mutex<Option<MergeError>> = Mutex::new(None);
         let work = |unit: &Unit, threading: Threading| match engine.unit_or_error(unit, threading, &sink) {
             Ok(mut found) => lock(&reports).append(&mut found),
@@ -98,7 +121,7 @@ pub fn run(
         };
         let (work, state) = (&work, &state);
         pool.in_place_scope(|scope| {
-            for unit in plan.units.iter().filter(|unit| !unit.blocks.iter().all(|k| writer.resumed(*k))) {
+            for unit in plan.units.iter().filter(|unit| !unit.blocks.iter().all(|k| engine.resumed(*k))) {
                 state.admit(unit, plan.limits.threads);
                 if engine.cancel.load(Ordering::Relaxed) {
                     state.release(unit);
@@ -124,11 +147,20 @@ pub fn run(
     });
     // A write that failed stopped the blocks: it is the cause.
     written?;
-    let mut reports = reports?;
-    if reports.len() != (0..plan.blocks.len()).filter(|k| !writer.resumed(*k)).count() {
+    let by_block = reports?;
+    if by_block.len() != (0..plan.blocks.len()).filter(|k| !engine.resumed(*k)).count() {
         return Err(MergeError::Cancelled);
     }
-    reports.sort_by_key(|r| r.block);
+    let mut reports: Vec<Vec<BlockReport>> =
+        plans.iter().map(|_| Vec::with_capacity(by_block.len())).collect();
+    for block in by_block {
+        for (reports, report) in reports.iter_mut().zip(block) {
+            reports.push(report);
+        }
+    }
+    for reports in &mut reports {
+        reports.sort_by_key(|r| r.block);
+    }
     Ok(reports)
 }
 
@@ -182,9 +214,10 @@ impl Admission {
 }
 
 struct Engine<'e> {
-    plan: &'e MergePlan,
+    /// One, or one for each variant of a sweep, with the same blocks.
+    plans: &'e [MergePlan],
     inputs: &'e Arc<Inputs>,
-    writer: &'e CheckpointWriter,
+    writers: &'e [CheckpointWriter],
     progress: &'e Progress,
     cancel: &'e AtomicBool,
     position: &'e prefetch::Position,
@@ -193,13 +226,18 @@ struct Engine<'e> {
 }
 
 impl Engine<'_> {
+    /// Whether a run before this one has written the block, for every plan.
+    fn resumed(&self, block: usize) -> bool {
+        self.writers.iter().all(|writer| writer.resumed(block))
+    }
+
     /// As [`Engine::unit`]; a buffer that the system refuses unwinds to here.
     fn unit_or_error(
         &self,
         unit: &Unit,
         threading: Threading,
         sink: &sink::Sink<'_>,
-    ) -> Result<Vec<BlockReport>, MergeError> {
+    ) -> Result<Vec<Vec<BlockReport>>, MergeError> {
         catch_unwind(AssertUnwindSafe(|| self.unit(unit, threading, sink))).unwrap_or_else(|payload| {
             match payload.downcast::<OutOfMemory>() {
                 Ok(error) => Err(MergeError::OutOfMemory { bytes: error.bytes }),
@@ -208,44 +246,92 @@ impl Engine<'_> {
         })
     }
 
+    /// For each block of the unit, one report a plan.
     fn unit(
         &self,
         unit: &Unit,
         threading: Threading,
         sink: &sink::Sink<'_>,
-    ) -> Result<Vec<BlockReport>, MergeError> {
+    ) -> Result<Vec<Vec<BlockReport>>, MergeError> {
         let mut shared = Shared::default();
         let mut reports = Vec::with_capacity(unit.blocks.len());
-        for index in unit.blocks.iter().filter(|index| !self.writer.resumed(**index)) {
+        for index in unit.blocks.iter().filter(|index| !self.resumed(**index)) {
             if self.cancel.load(Ordering::Relaxed) {
                 return Err(MergeError::Cancelled);
             }
-            let block = &self.plan.blocks[*index];
+            let block = &self.plans[0].blocks[*index];
             self.progress.block_started(&block.name);
-            let started = Instant::now();
-            let tally = Tally::default();
-            let (outcomes, differs_in) = match &block.action {
-                Action::Copy { source, .. } => (Vec::new(), self.copy(*index, block, *source, sink, &tally)?),
-                Action::Merge { .. } => (
-                    self.merge(*index, block, threading, unit.blocks.len() > 1, &mut shared, sink, &tally)?,
-                    None,
-                ),
-            };
-            prefetch::release(self.inputs, block, self.drop_cache);
+            let found = self.block(*index, threading, unit.blocks.len() > 1, &mut shared, sink)?;
+            prefetch::release(self.inputs.of_section(block.section), block, self.drop_cache);
             self.position.advance(block.read_bytes);
-            let report = BlockReport {
-                block: *index,
-                outcomes,
-                seconds: started.elapsed().as_secs_f64(),
-                bytes_read: tally.total(),
-                differs_in,
-            };
-            self.progress.bytes(report.bytes_read + block.write_bytes);
-            self.progress.block_finished(&block.name, &line(block, &report));
-            (self.finished)(&report);
-            reports.push(report);
+            let read: u64 = found.iter().map(|report| report.bytes_read).sum();
+            self.progress.bytes(read + block.write_bytes * found.len() as u64);
+            if let Some(last) = found.last() {
+                self.progress.block_finished(&block.name, &line(block, last, found.len()));
+            }
+            if let [report] = &found[..] {
+                (self.finished)(report);
+            }
+            reports.push(found);
         }
         Ok(reports)
+    }
+
+    /// One block in every plan: what is the same in several of them is done once.
+    fn block(
+        &self,
+        index: usize,
+        threading: Threading,
+        share: bool,
+        shared: &mut Shared,
+        sink: &sink::Sink<'_>,
+    ) -> Result<Vec<BlockReport>, MergeError> {
+        let block = &self.plans[0].blocks[index];
+        let groups = self.groups(index);
+        let tally = if groups.len() > 1 { Tally::of_variants() } else { Tally::default() };
+        let started = Instant::now();
+        let (found, differs_in) = match &block.action {
+            Action::Copy { source, .. } => {
+                let differs_in = self.copy(index, block, *source, &groups[0], sink, &tally)?;
+                let run = VariantRun {
+                    outcomes: Vec::new(),
+                    seconds: started.elapsed().as_secs_f64(),
+                    bytes_read: tally.total(),
+                };
+                (vec![run], differs_in)
+            }
+            Action::Merge { .. } => {
+                (self.merge(index, &groups, threading, share, shared, sink, &tally)?, None)
+            }
+        };
+        let mut reports: Vec<Option<BlockReport>> = self.plans.iter().map(|_| None).collect();
+        for (group, VariantRun { outcomes, seconds, bytes_read }) in groups.iter().zip(found) {
+            for (k, output) in group.iter().enumerate() {
+                // Whoever shares a result did nothing for it.
+                let first = k == 0;
+                reports[*output] = Some(BlockReport {
+                    block: index,
+                    outcomes: outcomes.clone(),
+                    seconds: if first { seconds } else { 0.0 },
+                    bytes_read: if first { bytes_read } else { 0 },
+                    differs_in: differs_in.clone(),
+                });
+            }
+        }
+        Ok(reports.into_iter().flatten().collect())
+    }
+
+    /// The plans by what they do to a block: those that do the same stand together.
+    fn groups(&self, index: usize) -> Vec<Arc<[usize]>> {
+        let mut groups: Vec<Vec<usize>> = Vec::new();
+        for (k, plan) in self.plans.iter().enumerate() {
+            let action = &plan.blocks[index].action;
+            match groups.iter_mut().find(|group| self.plans[group[0]].blocks[index].action == *action) {
+                Some(group) => group.push(k),
+                None => groups.push(vec![k]),
+            }
+        }
+        groups.into_iter().map(Arc::from).collect()
     }
 
     /// Passes a tensor through bit for bit. An integer tensor that another model has differently is told, not merged.
@@ -254,10 +340,11 @@ impl Engine<'_> {
         index: usize,
         block: &BlockPlan,
         source: usize,
+        outputs: &[usize],
         sink: &sink::Sink<'_>,
         tally: &Tally,
     ) -> Result<Option<String>, MergeError> {
-        let inputs = self.inputs;
+        let inputs = self.inputs.of_section(block.section);
         let find = |source| inputs.tensor(source, &block.name);
         let meta = find(source).expect("the plan copies a tensor from a checkpoint that has it");
         let others: Vec<usize> = if block.dtype.is_float() {
@@ -272,13 +359,14 @@ impl Engine<'_> {
                 return Err(MergeError::Cancelled);
             }
             let range = first..(first + COPY_BYTES).min(meta.bytes);
-            let bytes = inputs.checkpoints[source].read(meta, range.clone(), &mut scratch)?;
+            let bytes = inputs.checkpoints[source].read_stored(meta, range.clone(), &mut scratch)?;
             tally.add(range.end - range.start);
-            sink.write_bytes(index, first, bytes)?;
+            sink.write_bytes(outputs, index, first, bytes)?;
             for other in &others {
                 let Some(theirs) = find(*other) else { continue };
                 let same = theirs.dtype == meta.dtype
-                    && inputs.checkpoints[*other].read(theirs, range.clone(), &mut other_scratch)? == bytes;
+                    && inputs.checkpoints[*other].read_stored(theirs, range.clone(), &mut other_scratch)?
+                        == bytes;
                 if !same && differs_in.is_none() {
                     differs_in = Some(inputs.names[*other].clone());
                 }
@@ -287,6 +375,7 @@ impl Engine<'_> {
         Ok(differs_in)
     }
 
+    /// The block in one plan of each group; results go to all outputs of the group.
     #[allow(
         clippy::too_many_arguments,
         reason = "one call site; the block, its surroundings and where it goes"
@@ -294,48 +383,66 @@ impl Engine<'_> {
     fn merge(
         &self,
         index: usize,
-        block: &BlockPlan,
+        groups: &[Arc<[usize]>],
         threading: Threading,
         share: bool,
         shared: &mut Shared,
         sink: &sink::Sink<'_>,
         tally: &Tally,
-    ) -> Result<Vec<SolveOutcome>, MergeError> {
-        let Action::Merge { recipe, strategy } = &block.action else {
-            unreachable!("copies are handled before")
-        };
+    ) -> Result<Vec<VariantRun>, MergeError> {
+        let block = &self.plans[0].blocks[index];
+        let variants: Vec<Variant<'_>> = groups
+            .iter()
+            .map(|group| match &self.plans[group[0]].blocks[index].action {
+                Action::Merge { recipe, strategy } => Variant { recipe, strategy },
+                Action::Copy { .. } => unreachable!("what a sweep varies decides no copy"),
+            })
+            .collect();
         let observe = |step: &IterationRecord| {
             self.progress.iteration(&block.name, step.iteration as u64, step.relative_residual);
         };
         let context = BlockContext {
-            inputs: self.inputs,
+            inputs: self.inputs.of_section(block.section),
             tensor: &block.name,
             shape: block.block,
             threading,
             tally,
             cancel: self.cancel,
             observe: &observe,
+            watch: None,
         };
         // The mean of equal values is that value, bit for bit, only where sums are wider than the values.
         let wide = block.dtype == Dtype::F64 || block.unmatched.is_some();
-        if *strategy == Strategy::Elements {
-            // Straight from the cache that computed them: a second thread would only move them to another one.
-            return merge_block(&context, recipe, strategy, wide, share, shared, &|first, values| {
-                thread_local! {
-                    static BUFFER: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
-                }
-                BUFFER.with_borrow_mut(|buffer| sink.write(index, block.dtype, first, values, buffer))
-            });
-        }
-        merge_block(&context, recipe, strategy, wide, share, shared, &|first, values| {
-            sink.queue(index, block.dtype, first, values)
-        })
+        // Straight from the cache that computed them: a second thread would only move them to another one.
+        let at_once = variants.iter().all(|v| *v.strategy == Strategy::Elements);
+        let emit = |variant: usize, first: usize, values: Values<'_>| {
+            if !at_once {
+                return sink.queue(&groups[variant], index, block.dtype, first, values);
+            }
+            thread_local! {
+                static BUFFER: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
+            }
+            BUFFER.with_borrow_mut(|buffer| {
+                sink.write(&groups[variant], index, block.dtype, first, values, buffer)
+            })
+        };
+        let [Variant { recipe, strategy }] = variants[..] else {
+            return merge_variants(&context, &variants, wide, share, shared, &emit);
+        };
+        let started = Instant::now();
+        let emit = |first: usize, values: Values<'_>| emit(0, first, values);
+        let outcomes = merge_block(&context, recipe, strategy, wide, share, shared, &emit)?;
+        let seconds = started.elapsed().as_secs_f64();
+        Ok(vec![VariantRun { outcomes, seconds, bytes_read: tally.total() }])
     }
 }
 
-/// One plain line about a finished block.
-fn line(block: &BlockPlan, report: &BlockReport) -> String {
+/// One plain line about a finished block, of `models` models.
+fn line(block: &BlockPlan, report: &BlockReport, models: usize) -> String {
     let mut line = block.summary();
+    if models > 1 {
+        line += &format!(", the last of {models} models");
+    }
     if let Some(outcome) = report.outcomes.last() {
         if let Some(iterations) = outcome.iterations {
             line += &format!(", {iterations} iterations");

@@ -1,7 +1,7 @@
 //! Readahead in the order of the plan, a bounded distance ahead of the blocks that run.
 
 use std::ops::Range;
-use std::sync::{Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 
 use crate::merge::{Inputs, statistics_keys};
 use crate::plan::{Action, BlockPlan, MergePlan};
@@ -102,8 +102,10 @@ fn parts<'i>(inputs: &'i Inputs, block: &BlockPlan) -> Vec<Part<'i>> {
     sources.sort_unstable();
     sources.dedup();
     for source in sources {
-        let meta = inputs.tensor(source, &block.name);
-        parts.extend(meta.map(|meta| Part::Tensor(&inputs.checkpoints[source], meta)));
+        if let Some(meta) = inputs.tensor(source, &block.name) {
+            let stored = inputs.checkpoints[source].parts(meta);
+            parts.extend(stored.into_iter().map(|(checkpoint, meta)| Part::Tensor(checkpoint, meta)));
+        }
     }
     parts
 }
@@ -111,7 +113,7 @@ fn parts<'i>(inputs: &'i Inputs, block: &BlockPlan) -> Vec<Part<'i>> {
 /// Asks the system for the inputs of every block in turn but those to `skip`, at most `window` bytes ahead.
 pub(super) fn run(
     plan: &MergePlan,
-    inputs: &Inputs,
+    inputs: &Arc<Inputs>,
     position: &Position,
     window: u64,
     skip: impl Fn(usize) -> bool,
@@ -119,7 +121,7 @@ pub(super) fn run(
     let mut asked = 0;
     let blocks = plan.units.iter().flat_map(|u| &u.blocks).filter(|k| !skip(**k));
     for block in blocks.map(|k| &plan.blocks[*k]) {
-        let parts = parts(inputs, block);
+        let parts = parts(inputs.of_section(block.section), block);
         // Round robin: elementwise merges read all models in step.
         let longest = parts.iter().map(Part::bytes).max().unwrap_or(0);
         for first in (0..longest).step_by(STEP as usize) {
@@ -142,5 +144,10 @@ pub(super) fn run(
 pub(super) fn release(inputs: &Inputs, block: &BlockPlan, drop_cache: bool) {
     for part in parts(inputs, block) {
         part.release(drop_cache);
+    }
+    for (k, view) in inputs.checkpoints.iter().enumerate() {
+        if let Some(meta) = inputs.tensor(k, &block.name) {
+            view.release(meta);
+        }
     }
 }

@@ -1,5 +1,7 @@
 //! From computed values to bytes in the output: encoding, and the bounded queue to the writer.
 
+use std::sync::Arc;
+
 use crossbeam::channel::{Receiver, Sender, bounded};
 
 use crate::kernel::Real;
@@ -14,6 +16,7 @@ const PIECE: usize = OUT_BUFFER_BYTES / 8;
 
 /// Encoded values on their way to the writer thread.
 pub(super) struct Job {
+    outputs: Arc<[usize]>,
     tensor: usize,
     offset: u64,
     bytes: Vec<u8>,
@@ -21,7 +24,8 @@ pub(super) struct Job {
 
 /// Hands tiles to the writer. A fixed number of buffers goes round; when all are on their way the producers wait.
 pub(super) struct Sink<'w> {
-    writer: &'w CheckpointWriter,
+    /// One an output: one, or one for each variant of a sweep.
+    writers: &'w [CheckpointWriter],
     jobs: Sender<Job>,
     free: Receiver<Vec<u8>>,
 }
@@ -33,32 +37,34 @@ pub(super) struct Drain {
 }
 
 /// Both ends, with `buffers` buffers between them.
-pub(super) fn channel(writer: &CheckpointWriter, buffers: usize) -> (Sink<'_>, Drain) {
+pub(super) fn channel(writers: &[CheckpointWriter], buffers: usize) -> (Sink<'_>, Drain) {
     let (jobs_in, jobs_out) = bounded(buffers);
     let (free_in, free_out) = bounded(buffers);
     for _ in 0..buffers {
         free_in.send(Vec::new()).expect("both ends are in hand");
     }
-    (Sink { writer, jobs: jobs_in, free: free_out }, Drain { jobs: jobs_out, free: free_in })
+    (Sink { writers, jobs: jobs_in, free: free_out }, Drain { jobs: jobs_out, free: free_in })
 }
 
 impl Sink<'_> {
-    /// Encodes values and queues them: a solver goes on while the bytes are written.
+    /// Encodes values and queues them for these outputs: a solver goes on while the bytes are written.
     pub fn queue(
         &self,
+        outputs: &Arc<[usize]>,
         tensor: usize,
         dtype: Dtype,
         first: usize,
         values: Values<'_>,
     ) -> Result<(), MergeError> {
         match values {
-            Values::F32(values) => self.queue_typed(tensor, dtype, first, values),
-            Values::F64(values) => self.queue_typed(tensor, dtype, first, values),
+            Values::F32(values) => self.queue_typed(outputs, tensor, dtype, first, values),
+            Values::F64(values) => self.queue_typed(outputs, tensor, dtype, first, values),
         }
     }
 
     fn queue_typed<T: Real>(
         &self,
+        outputs: &Arc<[usize]>,
         tensor: usize,
         dtype: Dtype,
         first: usize,
@@ -70,7 +76,8 @@ impl Sink<'_> {
             bytes.resize(values.len() * width, 0);
             T::encode(dtype, values, &mut bytes);
             let offset = ((first + k * PIECE) * width) as u64;
-            self.jobs.send(Job { tensor, offset, bytes }).map_err(|_| MergeError::Cancelled)?;
+            let job = Job { outputs: Arc::clone(outputs), tensor, offset, bytes };
+            self.jobs.send(job).map_err(|_| MergeError::Cancelled)?;
         }
         Ok(())
     }
@@ -78,6 +85,7 @@ impl Sink<'_> {
     /// Encodes values and writes them at once, while they are in this core's cache: merges that only stream.
     pub fn write(
         &self,
+        outputs: &[usize],
         tensor: usize,
         dtype: Dtype,
         first: usize,
@@ -85,13 +93,14 @@ impl Sink<'_> {
         buffer: &mut Vec<u8>,
     ) -> Result<(), MergeError> {
         match values {
-            Values::F32(values) => self.write_typed(tensor, dtype, first, values, buffer),
-            Values::F64(values) => self.write_typed(tensor, dtype, first, values, buffer),
+            Values::F32(values) => self.write_typed(outputs, tensor, dtype, first, values, buffer),
+            Values::F64(values) => self.write_typed(outputs, tensor, dtype, first, values, buffer),
         }
     }
 
     fn write_typed<T: Real>(
         &self,
+        outputs: &[usize],
         tensor: usize,
         dtype: Dtype,
         first: usize,
@@ -102,14 +111,23 @@ impl Sink<'_> {
         for (k, values) in values.chunks(PIECE).enumerate() {
             buffer.resize(values.len() * width, 0);
             T::encode(dtype, values, buffer);
-            self.write_bytes(tensor, ((first + k * PIECE) * width) as u64, buffer)?;
+            self.write_bytes(outputs, tensor, ((first + k * PIECE) * width) as u64, buffer)?;
         }
         Ok(())
     }
 
     /// Bytes as they are.
-    pub fn write_bytes(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<(), MergeError> {
-        Ok(self.writer.write_at(tensor, offset, bytes)?)
+    pub fn write_bytes(
+        &self,
+        outputs: &[usize],
+        tensor: usize,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<(), MergeError> {
+        for output in outputs {
+            self.writers[*output].write_at(tensor, offset, bytes)?;
+        }
+        Ok(())
     }
 }
 
@@ -118,9 +136,11 @@ impl Drain {
     ///
     /// # Errors
     /// The first write that fails; what is queued behind it is dropped.
-    pub fn run(self, writer: &CheckpointWriter) -> Result<(), MergeError> {
+    pub fn run(self, writers: &[CheckpointWriter]) -> Result<(), MergeError> {
         for job in self.jobs {
-            writer.write_at(job.tensor, job.offset, &job.bytes)?;
+            for output in job.outputs.iter() {
+                writers[*output].write_at(job.tensor, job.offset, &job.bytes)?;
+            }
             // The pool takes its buffer back; at the end nobody waits for it.
             let _ = self.free.send(job.bytes);
         }

@@ -170,8 +170,15 @@ impl OutputDir {
     /// # Errors
     /// [`WriteError`] if the file cannot be written; the directory is then as if dropped.
     pub fn publish(mut self, file: SideFile) -> Result<(), WriteError> {
+        self.place(&file)?;
+        self.keep();
+        Ok(())
+    }
+
+    /// Writes one file into the directory; on failure it is not there.
+    pub(super) fn place(&self, file: &SideFile) -> Result<(), WriteError> {
         side::check_name(&file.name)?;
-        let temporary = side::stage(&self.path, &file)?;
+        let temporary = side::stage(&self.path, file)?;
         let published = side::rename_free(&temporary, &self.path.join(&file.name)).and_then(|()| {
             sync_directory(&self.path).and_then(|()| self.sync_created()).inspect_err(|_| {
                 let _ = fs::remove_file(self.path.join(&file.name));
@@ -180,9 +187,7 @@ impl OutputDir {
         if published.is_err() {
             let _ = fs::remove_file(&temporary);
         }
-        published?;
-        self.keep();
-        Ok(())
+        published
     }
 
     /// Makes the directories that we made durable: each is an entry of its parent.

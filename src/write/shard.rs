@@ -25,7 +25,7 @@ use super::side::{self, SideFile};
 use crate::plan::shards::{INDEX_NAME, OutputLayout, TensorSpec};
 
 /// Shards kept open at once. A thousand shards must not need a thousand descriptors.
-const MAX_OPEN: usize = 16;
+pub(super) const MAX_OPEN: usize = 16;
 
 /// After this many bytes a shard's dirty pages are sent to the disk, so that the final fsync finds
 /// little to do and dirty output never crowds the inputs out of memory. 2 GiB written and synced took
@@ -33,7 +33,7 @@ const MAX_OPEN: usize = 16;
 const WRITE_BACK_BYTES: u64 = 64 << 20;
 
 /// Free space wanted beyond the shards, for the side files and the file system's own records.
-const SPARE_BYTES: u64 = 1 << 20;
+pub(super) const SPARE_BYTES: u64 = 1 << 20;
 
 /// What was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,6 +65,8 @@ pub struct CheckpointWriter {
     layout: Arc<OutputLayout>,
     shards: Vec<Shard>,
     open: Mutex<VecDeque<(usize, Arc<File>)>>,
+    /// Shards kept open at once.
+    most_open: usize,
     coverage: Mutex<Coverage>,
     bytes_written: AtomicU64,
     /// Every path of ours in the directory, temporary or final; emptied once they are to stay.
@@ -101,6 +103,15 @@ impl CheckpointWriter {
     /// [`WriteError::NoSpace`] before anything is made if the free space is seen to be too little, or
     /// when a reservation fails; [`WriteError::Io`] else.
     pub fn create(dir: OutputDir, layout: Arc<OutputLayout>) -> Result<Self, WriteError> {
+        Self::with_open_files(dir, layout, MAX_OPEN)
+    }
+
+    /// As [`CheckpointWriter::create`], keeping at most `most_open` shards open where many writers work at once.
+    pub(super) fn with_open_files(
+        dir: OutputDir,
+        layout: Arc<OutputLayout>,
+        most_open: usize,
+    ) -> Result<Self, WriteError> {
         let mut writer = Self {
             dir,
             coverage: Mutex::new(Coverage::new(&layout)),
@@ -108,6 +119,7 @@ impl CheckpointWriter {
             resumed: vec![false; layout.specs().len()],
             layout: Arc::clone(&layout),
             open: Mutex::default(),
+            most_open,
             bytes_written: AtomicU64::new(0),
             made: Mutex::default(),
             journal: Mutex::default(),
@@ -575,7 +587,7 @@ impl CheckpointWriter {
 
     fn remember_open(&self, number: usize, file: Arc<File>) {
         let mut open = lock(&self.open);
-        while open.len() >= MAX_OPEN {
+        while open.len() >= self.most_open {
             open.pop_front(); // the one unused for longest; threads that still write hold it by their Arc
         }
         open.push_back((number, file));

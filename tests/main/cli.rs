@@ -29,7 +29,18 @@ fn version_and_help() {
     );
     let help = scratch.run(&["--help"]);
     assert_eq!((help.code, help.stderr.as_str()), (0, ""));
-    for word in ["merge", "plan", "inspect", "diff", "verify", "Exit codes", "Examples"] {
+    for word in [
+        "merge",
+        "plan",
+        "inspect",
+        "diff",
+        "verify",
+        "report",
+        "completions",
+        "man",
+        "Exit codes",
+        "Examples",
+    ] {
         assert!(help.stdout.contains(word), "{}", help.stdout);
     }
     let merge = scratch.run(&["merge", "--help"]);
@@ -270,12 +281,17 @@ fn f11_closed_and_full_streams_are_no_panic() {
         (0..3000).map(|k| Tensor::f32(&format!("layers.{k}.weight"), &[1], &[0.5])).collect();
     scratch.model("many", &many);
     scratch.write("many.yml", "merge_method: linear\nmodels: [{ model: many }, { model: many }]\n");
+    let record = r#"{"version": "", "config_hash": "", "wall_seconds": 1, "bytes_read": 0, "bytes_written": 0, "flops": 0}"#;
+    scratch.write("reported/merge_report.json", record);
     for args in [
         &["inspect", "many"][..],
         &["inspect", "many", "--json"],
         &["plan", "many.yml"],
         &["plan", "many.yml", "--json"],
         &["diff", "many", "a"],
+        &["completions", "zsh"],
+        &["man"],
+        &["report", "reported"],
         &["--help"],
         &["--version"],
         &["merge", "many.yml", "--dry-run"],

@@ -6,6 +6,7 @@
 mod checkpoints;
 mod files;
 mod index;
+mod limits;
 mod output;
 mod statistics;
 mod values;

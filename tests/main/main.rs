@@ -3,10 +3,14 @@
 //! One binary, a module per kind. Inputs are written and outputs are read by code of the tests' own ([`util`]) and by
 //! the `safetensors` crate, never by the code under test; expected numbers come from f64 arithmetic in [`algebra`].
 
+mod adapters;
 mod algebra;
 mod cli;
 mod config;
 mod faults;
 mod hostile;
 mod outputs;
+mod report;
+mod sections;
+mod tokenizers;
 mod util;

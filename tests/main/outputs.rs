@@ -1,7 +1,7 @@
 //! What a merge writes, against f64 arithmetic of the tests' own and against the contract's words.
 //!
 //! `methods`: numbers. `rounds`: nested initial guesses. `forms`: one statistic in many forms. `same`: what must not
-//! change a result. `directory`: the output directory. `memory`: budgets. `compare`: `inspect` and `diff`.
+//! change a result. `sweep`: several models at once. `directory`: the output directory. `memory`: budgets. `compare`: `inspect` and `diff`.
 
 mod compare;
 mod directory;
@@ -10,6 +10,7 @@ mod memory;
 mod methods;
 mod rounds;
 mod same;
+mod sweep;
 
 use crate::algebra::{Matrix, gram};
 use crate::util::{Merged, Random, Scratch, Statistics, Tensor, models};

@@ -21,7 +21,7 @@ fn refusals() {
             mats("subspase: kfac"),
             "3: subspase: unknown key (expected one of merge_method, models, base_model, \
              parameters, dtype, out_dtype, subspace, initial, solver, unmatched, \
-             tokenizer_source, name); did you mean `subspace`?",
+             tokenizer_source, sweep, name, slices, modules, tokenizer, chat_template); did you mean `subspace`?",
         ),
         (
             mats("subspace: kfca"),
@@ -59,7 +59,7 @@ fn refusals() {
         (
             "merge_method: fischer\nmodels: []".into(),
             "1: merge_method: unknown value `fischer` (expected one of linear, task_arithmetic, \
-             fisher, regmean, wudi, actmat, mats); did you mean `fisher`?",
+             passthrough, fisher, regmean, wudi, actmat, mats); did you mean `fisher`?",
         ),
         (
             "merge_method: linear\nmodels: [{modle: a}]".into(),
@@ -78,13 +78,13 @@ fn refusals() {
             linear("normalize: true"),
             "3: normalize: unknown key (expected one of merge_method, models, base_model, \
              parameters, dtype, out_dtype, subspace, initial, solver, unmatched, \
-             tokenizer_source, name); it belongs under `parameters`",
+             tokenizer_source, sweep, name, slices, modules, tokenizer, chat_template); it belongs under `parameters`",
         ),
         (
             mats("ridge: 1"),
             "3: ridge: unknown key (expected one of merge_method, models, base_model, \
              parameters, dtype, out_dtype, subspace, initial, solver, unmatched, \
-             tokenizer_source, name); it belongs under `solver`",
+             tokenizer_source, sweep, name, slices, modules, tokenizer, chat_template); it belongs under `solver`",
         ),
         (
             "merge_method: linear\nmodels: [{model: a, weight: 1}]".into(),
@@ -131,40 +131,6 @@ fn refusals() {
             "merge_method: ties\nmodels: []".into(),
             "1: merge_method: `ties` is not supported in this version; choose one of linear, \
              task_arithmetic, fisher, regmean, wudi, actmat, mats",
-        ),
-        (
-            "merge_method: slerp\nslices: []".into(),
-            "2: slices: `slices` is not supported in this version; list whole models under \
-             `models`",
-        ),
-        (
-            linear("chat_template: auto"),
-            "3: chat_template: `chat_template` is not supported in this version; the base's \
-             tokenizer files are copied",
-        ),
-        (
-            linear("tokenizer: {source: union}"),
-            "3: tokenizer: `tokenizer` is not supported in this version; the base's tokenizer \
-             files are copied",
-        ),
-        (
-            linear("tokenizer_source: union"),
-            "3: tokenizer_source: `union` is not supported in this version; `base` copies the \
-             base's tokenizer",
-        ),
-        (
-            mats("sweep: {solver.ridge: [1, 2]}"),
-            "3: sweep: `sweep` is not supported in this version; write one config for each \
-             merge",
-        ),
-        (
-            "merge_method: linear\nmodels: [{model: a+lora}]".into(),
-            "2: models[0].model: `a+lora` is not supported in this version; merge the adapter \
-             after `+` into its base first",
-        ),
-        (
-            "merge_method: linear\nmodels: [{model: {path: a}}]".into(),
-            "2: models[0].model: expected the path of a checkpoint as a string, got a mapping",
         ),
         (
             "merge_method: linear\n---\nmodels: []".into(),
@@ -326,7 +292,7 @@ fn refusals() {
             linear("\"bad\\nkey\\u001b[31m\": 1"),
             "3: bad\\nkey\\u{1b}[31m: unknown key (expected one of merge_method, models, \
              base_model, parameters, dtype, out_dtype, subspace, initial, solver, unmatched, \
-             tokenizer_source, name)",
+             tokenizer_source, sweep, name, slices, modules, tokenizer, chat_template)",
         ),
     ];
     let mut wrong = String::new();
@@ -413,4 +379,103 @@ fn files_that_are_no_config() {
     assert!(matches!(load("over.yml"), ConfigError::TooLarge { .. }));
     fs::write(path("new\nline.yml"), "a: b").expect("write");
     assert!(load("new\nline.yml").to_string().contains("new\\nline.yml:1: a: unknown key"));
+}
+
+#[test]
+fn sweeps() {
+    let of = |method: &str, rest: &str| format!("merge_method: {method}\nbase_model: b\n{MODELS}{rest}");
+    let mats = |rest: &str| of("mats", rest);
+    let long = |n: usize| (0..n).map(|k| k.to_string()).collect::<Vec<_>>().join(", ");
+    let table = [
+        (
+            mats("sweep: {solver.rigde: [1]}"),
+            "4: sweep.solver.rigde: unknown key (expected one of solver.ridge, solver.max_iterations, \
+             parameters.off_diagonal, parameters.weight, parameters.lambda); did you mean `solver.ridge`?",
+        ),
+        (
+            mats("sweep: {initial.parameters.weight: [1]}"),
+            "4: sweep.initial.parameters.weight: only what the outermost round sets for all models can be swept: \
+             solver.ridge, solver.max_iterations, parameters.off_diagonal, parameters.weight, parameters.lambda",
+        ),
+        (
+            mats("initial:\n  merge_method: linear\n  sweep: {weight: [1]}"),
+            "6: initial.sweep: only the outermost round can be swept; give `sweep` at the top level",
+        ),
+        (mats("sweep: [1]"), "4: sweep: expected a mapping of lists, as `{ solver.ridge: [0.01, 0.1] }`, got a list"),
+        (
+            mats("sweep: {}"),
+            "4: sweep: expected at least one list, as `{ solver.ridge: [0.01, 0.1] }`, got a mapping",
+        ),
+        (
+            mats("sweep: {ridge: 1}"),
+            "4: sweep.ridge: expected a list of numbers, as `[0.01, 0.1]`, got `1`",
+        ),
+        (
+            mats("sweep: {ridge: []}"),
+            "4: sweep.ridge: expected a list of numbers, as `[0.01, 0.1]`, got a list",
+        ),
+        (
+            mats("sweep:\n  ridge: [1,\n    -1]"),
+            "6: sweep.ridge[1]: expected a finite number of at least 0, got `-1`",
+        ),
+        (
+            mats("sweep: {ridge: [1, x]}"),
+            "4: sweep.ridge[1]: expected a finite number of at least 0, got `x`",
+        ),
+        (mats("sweep: {ridge: [0.1, 1.0e-1]}"), "4: sweep.ridge[1]: 0.1 is given twice"),
+        (mats("sweep: {off_diagonal: [0, -0.0]}"), "4: sweep.off_diagonal[1]: 0 is given twice"),
+        (
+            mats("sweep: {off_diagonal: [1.5]}"),
+            "4: sweep.off_diagonal[0]: expected a number from 0 to 1, got `1.5`",
+        ),
+        (
+            mats("sweep: {weight: [-1]}"),
+            "4: sweep.weight[0]: expected a finite number of at least 0, got `-1`",
+        ),
+        (
+            mats("sweep: {max_iterations: [1.5]}"),
+            "4: sweep.max_iterations[0]: expected an integer from 0 to 1000000, got `1.5`",
+        ),
+        (
+            mats("sweep:\n  solver.ridge: [1]\n  ridge: [2]"),
+            "6: sweep.solver.ridge: duplicate key (first given at line 5)",
+        ),
+        (
+            mats(&format!("sweep: {{ridge: [{}], weight: [{}]}}", long(17), &long(17)[3..])),
+            "4: sweep: 17 x 16 combinations are more than a sweep may have (expected at most 256)",
+        ),
+        (of("linear", "sweep: {ridge: [1]}"), "4: sweep.ridge: `linear` solves nothing, so it has no ridge"),
+        (of("linear", "sweep: {lambda: [1]}"), "4: sweep.lambda: `linear` has no parameter lambda"),
+        (mats("sweep: {parameters.lambda: [1]}"), "4: sweep.parameters.lambda: `mats` has no parameter lambda"),
+        (
+            of("wudi", "sweep: {solver.max_iterations: [1]}"),
+            "4: sweep.solver.max_iterations: the solver here is direct and takes no iterations; \
+             `solver: { method: cg }` does",
+        ),
+        (
+            mats("subspace: fisher_diagonal\nmodels: 0").replace("\nmodels: 0", "").replace(
+                MODELS,
+                "models: [{model: a, statistics: s}]\n",
+            ) + "\nsweep: {off_diagonal: [0.5]}",
+            "5: sweep.off_diagonal: `subspace: fisher_diagonal` has nothing off the diagonal",
+        ),
+        (
+            "merge_method: linear\nmodels:\n- model: a\n- model: b\n  parameters: {weight: 1}\nsweep: {weight: [1]}"
+                .into(),
+            "6: sweep.weight: models[1] sets its own weight at line 5, which wins over the swept one; leave one of them \
+             out",
+        ),
+        (
+            mats("parameters: {off_diagonal: [0, 1]}\nsweep: {off_diagonal: [1]}"),
+            "5: sweep.off_diagonal: parameters.off_diagonal at line 4 varies over tensors or layers, which one number \
+             would undo; leave one of them out",
+        ),
+        (
+            of("linear", "sweep:\n  weight:\n  - 1\n  - 0"),
+            "7: parameters.weight: the models' weights sum to 0, and their sum divides",
+        ),
+    ];
+    for (text, message) in table {
+        assert_eq!(refused(&text), message, "{text}");
+    }
 }

@@ -21,14 +21,14 @@ fn gram(side: usize, random: &mut Random) -> Vec<f64> {
     x.transpose().times(&x).scaled(1.0 / 64.0).plus(0.1, &Matrix::identity(side)).stored().data
 }
 
-struct World {
-    scratch: Scratch,
+pub struct World {
+    pub scratch: Scratch,
     base: Vec<Tensor>,
     models: Vec<Vec<Tensor>>,
 }
 
 impl World {
-    fn new(count: usize, grams: bool) -> Self {
+    pub fn new(count: usize, grams: bool) -> Self {
         let mut random = Random::new(50);
         let mut checkpoint = || {
             let mut tensors: Vec<Tensor> = TENSORS
@@ -61,7 +61,7 @@ impl World {
         Self { scratch, base, models }
     }
 
-    fn config(&self, head: &str, prefix: &str) -> String {
+    pub fn config(&self, head: &str, prefix: &str) -> String {
         let names: Vec<(String, String)> =
             (0..self.models.len()).map(|k| (format!("{prefix}{k}"), format!("m{k}.safetensors"))).collect();
         let entries: Vec<(&str, Option<&str>)> =

@@ -1,0 +1,624 @@
+"""`collect`: runs a model over batches and sums statistics of its parameters, in one pass or several.
+
+By default exactly those of MaTS (arXiv 2312.04339, section 5.2): evaluation mode, uncentred second moments per token
+that is no padding, gradients of each example's own mean log-likelihood, Fishers per example. Batches are only a matter
+of speed: every sum is over tokens or examples, each example's gradient is its own, and so is its randomness.
+
+Order of events: sites are found and one step is made to see which of them are called, in what order, and which share
+their input; then the sites are cut into passes; each pass runs all batches, writes what it summed and frees it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from . import kinds as K
+from . import memory
+from .accumulate import Accumulator
+from .attention import disable_fast_paths, use_parts
+from .discover import Discovery, Found, Selection
+from .errors import CollectError
+from .likelihood import Likelihood, Sampler, resolve
+from .progress import Progress
+from .sites import AffineSite, AllSeen, Forms, ProductSite, Recorder, Site, Target, vector_accumulators
+from .statistics import Statistics
+from .tokens import TokenMasks, TokenRule, is_encoder_decoder
+from .writer import Entry, FileSink, MemorySink, Sink
+
+Batches = Union[Iterable[Any], Callable[[], Iterable[Any]]]
+
+# Of `max_memory`, kept for what the allocator and the interpreter take besides.
+SLACK = 16 << 20
+
+
+@dataclass
+class Options:
+    """Everything that decides values, so that an interrupted run can tell whether it may go on."""
+
+    kinds: Tuple[str, ...]
+    tokens: Union[str, TokenRule]
+    fisher: str
+    likelihood: str
+    weighting: str
+    seed: int
+    dtype: str
+    forms: Forms
+    examples: Optional[int]
+
+
+class SingleSite(Site):
+    """Parameters that only a batch of one example tells about; their gradients come from the collector."""
+
+    def __init__(self, recorder: Recorder, target: Target, parameter: nn.Parameter) -> None:
+        super().__init__(recorder, target.name, "tokens", 0)
+        self.target, self.parameter = target, parameter
+        self.targets = [target]
+
+    def attach(self) -> List[Callable[[], None]]:
+        return []
+
+    def accumulators(self, forms: Forms) -> Dict[str, Accumulator]:
+        return vector_accumulators(self.target, forms)
+
+    def add(self, gradient: Optional[Tensor]) -> None:
+        rows = torch.zeros(1, self.parameter.numel()) if gradient is None else gradient.detach().reshape(1, -1)
+        self._add_vectors(self.target, rows)
+
+
+def batch_size(batch: Any) -> int:
+    """Examples of a batch: the first dimension of its first tensor."""
+    values: Iterable[Any] = batch.values() if isinstance(batch, Mapping) else (
+        batch if isinstance(batch, (tuple, list)) else [batch])
+    for value in values:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape[0]
+    raise CollectError(f"batches: found no tensor in a batch of type {type(batch).__name__}")
+
+
+def _map(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping) or hasattr(batch, "items"):
+        return {key: _map(value, change) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_map(value, change) for value in batch)
+    return batch
+
+
+def _slice(batch: Any, size: int, part: slice) -> Any:
+    return _map(batch, lambda x: x[part] if x.dim() > 0 and x.shape[0] == size else x)
+
+
+@contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, no weight with a gradient, no cache, no fused layers; afterwards as it was."""
+    training = [(module, module.training) for module in model.modules()]
+    needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    all_configs: Dict[int, Any] = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}
+    configs = [c for c in all_configs.values() if getattr(c, "use_cache", None) is True]
+    undo: List[Callable[[], None]] = []
+    try:
+        model.eval()
+        for parameter, _ in needs:
+            parameter.requires_grad_(False)
+        for config in configs:
+            config.use_cache = False
+        undo = disable_fast_paths(model)
+        yield
+    finally:
+        for restore in undo:
+            restore()
+        for config in configs:
+            config.use_cache = True
+        for parameter, before in needs:
+            parameter.requires_grad_(before)
+        for module, mode in training:
+            module.training = mode
+
+
+@dataclass
+class Step:
+    """One batch, ready."""
+
+    batch: Any
+    examples: int
+    ids: List[int] = field(default_factory=list)
+
+
+class Collector:
+    """State of one call of [`collect`]."""
+
+    def __init__(self, model: nn.Module, batches: Batches, likelihood: Likelihood, options: Options,
+                 progress: Progress) -> None:
+        self.model, self.batches, self.likelihood, self.options = model, batches, likelihood, options
+        self.progress = progress
+        self.recorder = Recorder()
+        self.encoder_decoder = is_encoder_decoder(model)
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.first: Optional[Any] = None
+        self.rest: Optional[Iterator[Any]] = None
+        self.one_shot = False
+
+    # --- batches -----------------------------------------------------------------------------------------------------
+
+    def _iterate(self) -> Iterator[Any]:
+        source = self.batches() if callable(self.batches) else self.batches
+        return iter(source)
+
+    def peek(self) -> None:
+        """Takes the first batch; one that is from an iterator is given out again."""
+        iterator = self._iterate()
+        self.one_shot = iterator is self.batches
+        try:
+            self.first = next(iterator)
+        except StopIteration:
+            raise CollectError("batches: there are none") from None
+        if self.one_shot:
+            self.rest = iterator
+
+    def first_inputs(self) -> Any:
+        """The first batch without its `example_ids`."""
+        if not hasattr(self.first, "items"):
+            return self.first
+        return {key: value for key, value in self.first.items() if key != "example_ids"}  # type: ignore[union-attr]
+
+    def _prepare(self, raw: Any, next_id: int, room: Optional[int]) -> Step:
+        batch = raw
+        ids: Optional[List[int]] = None
+        if hasattr(batch, "items") and "example_ids" in batch:
+            batch = dict(batch.items())
+            ids = [int(i) for i in batch.pop("example_ids")]
+        size = batch_size(dict(batch.items()) if hasattr(batch, "items") else batch)
+        if ids is not None and len(ids) != size:
+            raise CollectError(f"batches: {len(ids)} example_ids in a batch of {size} examples")
+        if room is not None and size > room:
+            batch = _slice(batch, size, slice(0, room))
+            ids = None if ids is None else ids[:room]
+            size = room
+        batch = _map(batch, lambda x: x.to(self.device))
+        return Step(batch, size, ids if ids is not None else list(range(next_id, next_id + size)))
+
+    def steps(self) -> Iterator[Step]:
+        """The batches of one pass."""
+        if self.one_shot:
+            if self.rest is None:
+                raise CollectError("batches: an iterator can be read once, and several passes are needed; "
+                                   "give a list or a function that returns an iterator")
+            rest, self.rest = self.rest, None
+            source: Iterator[Any] = _chain(self.first, rest)
+        else:
+            source = self._iterate()
+        done = 0
+        for raw in source:
+            room = None if self.options.examples is None else self.options.examples - done
+            if room is not None and room <= 0:
+                return
+            step = self._prepare(raw, done, room)
+            if step.examples:
+                yield step
+            done += step.examples
+
+    def step_count(self) -> Optional[int]:
+        try:
+            return len(self.batches)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def _sampler(self, step: Step, masks: TokenMasks) -> Optional[Sampler]:
+        if self.options.fisher != "true":
+            return None
+        return Sampler(self.options.seed, step.ids, self.recorder.paused, masks.relabel)
+
+    def _masks(self, step: Step) -> TokenMasks:
+        return TokenMasks(step.batch, step.examples, self.options.tokens, self.encoder_decoder,
+                          self.options.weighting == "example")
+
+    def run_step(self, step: Step, sites: Sequence[Site], gradient: bool) -> None:
+        """One batch through the model, seen by the collecting sites."""
+        recorder = self.recorder
+        masks = self._masks(step)
+        recorder.masks, recorder.examples = masks, step.examples
+        recorder.inputs.clear()
+        recorder.remaining = None
+        # Modules that are called several times may be called more often in another batch: then all of it is run.
+        if not gradient and recorder.seen is None and all(site.calls_a_step == 1 for site in sites):
+            recorder.remaining = sum(site.calls_a_step for site in sites)
+        recorder.active = True
+        likelihoods: Optional[Tensor] = None
+        try:
+            with torch.set_grad_enabled(gradient):
+                likelihoods = self.likelihood(self.model, step.batch, self._sampler(step, masks))
+        except AllSeen:
+            pass
+        finally:
+            recorder.active = False
+        if likelihoods is not None:
+            self._check(likelihoods, step)
+            if gradient and likelihoods.requires_grad:
+                likelihoods.sum().backward()
+            del likelihoods
+        for site in sites:
+            site.finish_step()
+
+    def _check(self, likelihoods: Tensor, step: Step) -> None:
+        if not isinstance(likelihoods, Tensor) or likelihoods.shape != (step.examples,):
+            got = list(likelihoods.shape) if isinstance(likelihoods, Tensor) else type(likelihoods).__name__
+            raise CollectError(f"loss: expected one log-likelihood for each of {step.examples} examples, got {got}")
+        finite = torch.isfinite(likelihoods.detach())
+        if not bool(finite.all()):
+            at = int((~finite).nonzero()[0])
+            raise CollectError(f"loss: example {step.ids[at]} has log-likelihood {float(likelihoods[at])}")
+
+    def run_singles(self, step: Step, sites: Sequence[SingleSite]) -> None:
+        """Gradients of one example after the other, for parameters that have no batched form."""
+        parameters = [site.parameter for site in sites]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        try:
+            for i in range(step.examples):
+                one = Step(_slice(step.batch, step.examples, slice(i, i + 1)), 1, [step.ids[i]])
+                with torch.enable_grad():
+                    likelihood = self.likelihood(self.model, one.batch, self._sampler(one, self._masks(one)))
+                self._check(likelihood, one)
+                gradients = torch.autograd.grad(likelihood.sum(), parameters, allow_unused=True)
+                for site, gradient in zip(sites, gradients):
+                    site.add(gradient)
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+
+    # --- the first step ----------------------------------------------------------------------------------------------
+
+    def probe(self, found: Found, share: bool) -> List[Site]:
+        """Runs the first batch without gradients: sites in order of their first call, those with one input shared."""
+        recorder = self.recorder
+        # Two examples tell as much as all of the batch.
+        step = self._prepare(self.first, 0, min(2, self.options.examples or 2))
+        recorder.seen = []
+        try:
+            self.run_step(step, found.sites, gradient=False)
+            seen = recorder.seen
+        finally:
+            recorder.seen = None
+        order: Dict[Site, List[Tuple[int, int]]] = {}
+        for site, tensor, version in seen:
+            order.setdefault(site, []).append((tensor, version))
+        called = list(order)
+        for site in found.sites:
+            if isinstance(site, AffineSite) and site.unfit is not None:
+                if site in order:
+                    called.remove(site)
+                for key, target in site.vectors.items():
+                    found.single.append((target, site.module._parameters[key]))  # type: ignore[arg-type]
+            elif site not in order:
+                for target in site.targets:
+                    found.left_out[target.name] = f"module `{site.name}` is not called"
+        if share:
+            owners: Dict[Any, ProductSite] = {}
+            for site in called:
+                if not isinstance(site, ProductSite) or site.weight is None or not site.input_kinds():
+                    continue
+                same = (site.layout_key(), site.stream, site.batch_dim, tuple(site.input_kinds()),
+                       site.layout.in_features, tuple(order[site]))
+                owner = owners.setdefault(same, site)
+                if owner is not site:
+                    site.shares = owner
+        return called
+
+    def activations(self, sites: Sequence[Site], gradient: bool) -> int:
+        """Bytes at the peak of a step that keeps everything a pass might, but no sums."""
+        recorder = self.recorder
+        step = self._prepare(self.first, 0, self.options.examples)
+        memory.give_back()
+        memory.reset_peak()
+        recorder.dry = True
+        for site in sites:
+            site.collecting = True
+        try:
+            self.run_step(step, sites, gradient)
+        finally:
+            recorder.dry = False
+            for site in sites:
+                site.collecting = False
+        return memory.peak() or 0
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def cut_into_passes(sites: Sequence[Site], forms: Forms, per_pass: Optional[int],
+                    room: Optional[int]) -> List[List[Site]]:
+    """Consecutive sites, as many a pass as both limits allow. A site's input sums stay where their owner is."""
+    passes: List[List[Site]] = []
+    held = 0
+    for site in sites:
+        size = sum(sums.bytes() for sums in site.accumulators(forms).values())
+        if room is not None and size > room:
+            raise CollectError(
+                f"max_memory: module `{site.name}` needs {memory.show_size(size)} for its sums and {memory.show_size(room)} "
+                f"are left; give {memory.show_size(size - room)} more, smaller batches, or collect fewer kinds"
+            )
+        single = isinstance(site, SingleSite)
+        full = not passes or (per_pass is not None and len(passes[-1]) >= per_pass)
+        if full or (room is not None and held + size > room) or single != isinstance(passes[-1][0], SingleSite):
+            passes.append([])
+            held = 0
+        passes[-1].append(site)
+        held += size
+    return passes
+
+
+def _fingerprint(model: nn.Module, first: Any, options: Options, metadata: Mapping[str, str], keys: Sequence[str]) -> str:
+    """A hash of what decides the values: options, keys, samples of the weights, the first batch."""
+    digest = hashlib.sha256()
+    tokens = options.tokens if isinstance(options.tokens, str) else "function"
+    digest.update(repr((options.kinds, tokens, options.fisher, options.likelihood, options.weighting, options.seed,
+                        options.dtype, options.forms, options.examples, sorted(metadata.items()), list(keys))).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 256)].double().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
+
+    def add(x: Tensor) -> Tensor:
+        digest.update(x.detach().double().cpu().numpy().tobytes())
+        return x
+
+    _map(first, add)
+    return digest.hexdigest()
+
+
+def collect(
+    model: nn.Module,
+    batches: Batches,
+    loss: Union[str, Callable[..., Tensor]] = "causal-lm",
+    *,
+    kinds: Union[str, Sequence[str]] = (K.INPUT_GRAM, K.OUTPUT_GRAM),
+    modules: Selection = None,
+    exclude: Selection = None,
+    tokens: Union[str, TokenRule] = "attended",
+    fisher: str = "empirical",
+    likelihood: str = "mean",
+    weighting: str = "token",
+    seed: int = 0,
+    examples: Optional[int] = None,
+    dtype: str = "float32",
+    packed: bool = True,
+    rank: Optional[int] = None,
+    adapters: str = "host",
+    embeddings: bool = False,
+    single_examples: bool = False,
+    share_inputs: bool = True,
+    max_side: int = 32768,
+    modules_per_pass: Optional[int] = None,
+    max_memory: Union[None, int, str] = None,
+    out: Union[None, str, Path] = None,
+    resume: bool = False,
+    metadata: Optional[Mapping[str, str]] = None,
+    progress: Union[str, Progress] = "none",
+) -> Statistics:
+    """Statistics of `model` on `batches`.
+
+    - `batches`: mappings of the model's arguments (or what `loss` takes), as a list, a function returning an iterator,
+      or, where one pass is enough, an iterator. `example_ids` in a batch number its examples for the true Fisher.
+    - `loss`: `causal-lm`, `seq2seq`, `classification`, or a function `(model, batch[, sampler])` that returns the
+      log-likelihood of each example, `[B]`.
+    - `kinds`: of `input_gram`, `output_gram`, `input_factor`, `output_factor` (sketches of `rank` rows),
+      `input_mean`, `fisher_diagonal`, `fisher_block` (of vectors).
+    - `modules`, `exclude`: patterns searched in parameter names, or functions of the name.
+    - `tokens`: which count: `attended`, `target` (positions that predict one), `all`, or a function
+      `(module name, batch) -> mask [B, T]`.
+    - `fisher`: `empirical`, or `true`: labels drawn from the model with `seed`.
+    - `likelihood`: an example's `mean` over its target tokens (the paper's) or their `sum`.
+    - `weighting`: Grams per `token` (the paper's), or per `example`: tokens of one example weigh one together.
+    - `dtype`, `packed`, `rank`: how it is stored. `max_side`: Grams beyond it are left out.
+    - `adapters`: `host`: weights of the base model as their adapters make them; `own`: the adapter's parameters.
+      (IA)³ vectors are always collected.
+    - `embeddings`: also their `fisher_diagonal`. `single_examples`: also parameters without a batched form, one example
+      at a time. `share_inputs`: one Gram for modules that see the same input.
+    - `modules_per_pass`, `max_memory` (`8GiB`): cut the modules into passes over the batches, so that the sums fit.
+      With `max_memory` the first batch is taken for the largest.
+    - `out`: write each statistic there as it is finished; `resume`: go on with an interrupted run.
+
+    Cost of a pass: a forward pass; with gradients a backward pass without weight gradients, down to the first
+    module of the pass; and 2·n² flops a token for a Gram of side n.
+
+    Raises [`CollectError`] for whatever is wrong with the input. The model is left as it was.
+    """
+    for name, value, allowed in (("fisher", fisher, ("empirical", "true")), ("weighting", weighting, ("token", "example")),
+                                 ("dtype", dtype, tuple(K.DTYPES))):
+        if value not in allowed:
+            raise CollectError(f"{name}: unknown `{value}` (expected one of {', '.join(allowed)})")
+    if isinstance(tokens, str) and tokens not in ("attended", "target", "all"):
+        raise CollectError(f"tokens: unknown `{tokens}` (expected attended, target, all, or a function)")
+    for name, number in (("rank", rank), ("examples", examples), ("modules_per_pass", modules_per_pass),
+                         ("max_side", max_side)):
+        if number is not None and number < 1:
+            raise CollectError(f"{name}: expected a positive number, got {number}")
+    if seed < 0:
+        raise CollectError(f"seed: expected a number that is not negative, got {seed}")
+    checked = K.check_kinds(kinds)
+    if rank is None and any(kind in checked for kind in (K.INPUT_FACTOR, K.OUTPUT_FACTOR)):
+        raise CollectError("kinds: factors need a `rank`")
+    if resume and out is None:
+        raise CollectError("resume: needs `out`, where the interrupted run wrote")
+    options = Options(checked, tokens, fisher, likelihood, weighting, seed, dtype, Forms(packed, rank), examples)
+    shown = progress if isinstance(progress, Progress) else Progress(progress)
+    collector = Collector(model, batches, resolve(loss, likelihood), options, shown)
+    collector.peek()
+    with prepared(model):
+        found = Discovery(model, collector.recorder, checked, modules, exclude, adapters, embeddings, max_side).run()
+        removers: List[Callable[[], None]] = []
+        try:
+            for attention, observers in found.attention:
+                removers.append(use_parts(attention, _observer(collector.recorder, observers)))
+            for site in found.sites:
+                removers.extend(site.attach())
+            return _run(collector, found, share_inputs, single_examples, modules_per_pass, max_memory,
+                        None if out is None else Path(out), resume, dict(metadata or {}))
+        finally:
+            for remove in removers:
+                remove()
+
+
+def _observer(recorder: Recorder, observers: Mapping[str, Sequence[ProductSite]]) -> Callable[..., Tensor]:
+    def observe(projection: str, x: Tensor, y: Tensor, first: int) -> Tensor:
+        if recorder.active:
+            for site in observers.get(projection, ()):
+                # One of separate projections has all rows of its own weight, but a part of the common bias.
+                whole = site.layout.out_features == y.shape[-1]
+                y = site.observe(x, y, 0 if whole else first)
+        return y
+
+    return observe
+
+
+def _run(collector: Collector, found: Found, share: bool, single_examples: bool, per_pass: Optional[int],
+         max_memory: Union[None, int, str], out: Optional[Path], resume: bool, metadata: Dict[str, str]) -> Statistics:
+    options, recorder, progress = collector.options, collector.recorder, collector.progress
+    sites = collector.probe(found, share)
+    for target, parameter in found.single:
+        if single_examples:
+            sites.append(SingleSite(recorder, target, parameter))
+        else:
+            found.left_out[target.name] = "has no batched form; single_examples collects it one example at a time"
+    if not sites:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(found.left_out.items())[:3])
+        raise CollectError(f"modules: nothing to collect ({reasons or 'no parameter has the kinds asked for'})")
+
+    accumulators = {site: site.accumulators(options.forms) for site in sites}
+    entries = {key: Entry(key, sums.shape) for sums_of in accumulators.values() for key, sums in sums_of.items()}
+    aliases: Dict[str, str] = {}
+    for site in sites:
+        if isinstance(site, ProductSite):
+            aliases.update(site.aliases())
+    for name in found.left_out:
+        progress.say(f"left out: {name}: {found.left_out[name]}")
+
+    room: Optional[int] = None
+    if max_memory is not None:
+        # Of the first batch's inputs the probe saw two examples'.
+        scale = -(-batch_size(collector.first_inputs()) // 2)
+        gradient = any(site.needs_gradient() for site in sites)
+        needed = collector.activations([site for site in sites if not isinstance(site, SingleSite)], gradient)
+        limit = memory.parse_size(max_memory)
+        room = limit - needed - 2 * scale * recorder.largest_input - SLACK
+        if room <= 0:
+            raise CollectError(f"max_memory: the model and one batch hold {memory.show_size(needed)} of "
+                               f"{memory.show_size(limit)}; give more, or smaller batches")
+    passes = cut_into_passes(sites, options.forms, per_pass, room)
+
+    stated = {f"alias:{key}": to for key, to in aliases.items()}
+    stated.update(metadata)
+    for site in sites:
+        if isinstance(site, ProductSite) and site.layout.transposed and site.weight is not None:
+            # Such a weight's rows are its inputs: `output_*` is the side of its rows, here its inputs.
+            stated[f"layout:{site.weight.name}"] = "in,out"
+    sink: Sink = MemorySink()
+    if out is not None:
+        # Later come: counts, and one bound for each sketch.
+        room_for = len(json.dumps(stated)) + sum(len(key) + 48 for key in entries)
+        mark = _fingerprint(collector.model, collector.first, options, stated, list(entries))
+        sink = FileSink(out, list(entries.values()), options.dtype, room_for, mark, resume)
+    try:
+        notes = _run_passes(collector, passes, entries, sink)
+    except BaseException:
+        if isinstance(sink, FileSink):
+            sink.close()
+        raise
+    progress.end()
+    held = memory.peak()
+    if max_memory is not None and held is not None and held > memory.parse_size(max_memory):
+        progress.say(f"held {memory.show_size(held)}, more than max_memory: a batch was larger than the first")
+    stated.update(notes)
+    stated.update({"format": K.FORMAT, "fisher": options.fisher, "seed": str(options.seed),
+                   "likelihood": options.likelihood, "weighting": options.weighting})
+    sink.finish(stated)
+    if isinstance(sink, MemorySink):
+        return Statistics(sink.tensors, stated, found.left_out)
+    return Statistics({}, stated, found.left_out, path=out)
+
+
+def _run_passes(collector: Collector, passes: Sequence[Sequence[Site]], entries: Mapping[str, Entry],
+                sink: Sink) -> Dict[str, str]:
+    """All passes that are not done; returns what goes into the metadata."""
+    options, progress = collector.options, collector.progress
+    done = sink.done()
+    # One iterator gives all its batches to one pass.
+    todo = [[s for s in sites if not set(s.accumulators(options.forms)) <= done] for sites in passes]
+    # A site without sums of its own (all aliased) has nothing to do.
+    todo = [[s for s in sites if s.accumulators(options.forms)] for sites in todo]
+    todo = [sites for sites in todo if sites]
+    progress.begin(len(todo), collector.step_count())
+    for at, sites in enumerate(todo):
+        for site in sites:
+            site.begin(options.forms)
+        singles = [site for site in sites if isinstance(site, SingleSite)]
+        batched = [site for site in sites if not isinstance(site, SingleSite)]
+        gradient = any(site.needs_gradient() for site in batched)
+        examples = 0
+        streams: Dict[str, float] = {}
+        for number, step in enumerate(collector.steps(), 1):
+            if batched:
+                collector.run_step(step, batched, gradient)
+                masks = collector.recorder.masks
+                assert masks is not None
+                for stream, mask in masks.masks.items():
+                    if mask is not None:
+                        streams[stream] = streams.get(stream, 0.0) + float(mask.sum())
+            if singles:
+                collector.run_singles(step, singles)
+            examples += step.examples
+            progress.step(at, number, examples)
+        _finish_pass(collector, sites, entries, sink, examples, streams)
+        memory.give_back()
+    return {key: str(value) for key, value in sink.notes().items()}
+
+
+def _finish_pass(collector: Collector, sites: Sequence[Site], entries: Mapping[str, Entry], sink: Sink, examples: int,
+                 streams: Mapping[str, float]) -> None:
+    """Writes the sums of a pass, each freed once it is written."""
+    options = collector.options
+    notes: Dict[str, Any] = {"examples": examples}
+    counts: Dict[str, Counter[float]] = {}
+    finished: List[str] = []
+    for site in sites:
+        for key in list(site.sums):
+            sums, count = site.sums.pop(key), site.counts[key]
+            bound = sums.error_bound(count)
+            if bound is not None:
+                notes[f"error:{key}"] = f"{bound:.6g}"
+            sink.write(entries[key], _finite(key, sums.pieces(count, K.DTYPES[options.dtype][1])))
+            finished.append(key)
+            if isinstance(site, ProductSite) and key.rsplit("/", 1)[1] not in K.FISHER_KINDS:
+                counts.setdefault(site.stream, Counter())[count] += 1
+        site.end()
+    by_stream = {stream: int(count) for stream, count in streams.items()}
+    for stream, seen in counts.items():
+        by_stream.setdefault(stream, int(seen.most_common(1)[0][0]))
+    if by_stream:
+        notes["tokens"] = sum(by_stream.values())
+    if "encoder" in by_stream or "decoder" in by_stream or len(by_stream) > 1:
+        notes.update({f"tokens:{stream}": count for stream, count in by_stream.items()})
+    sink.pass_finished(finished, notes)
+
+
+def _finite(key: str, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    for piece in pieces:
+        if not bool(torch.isfinite(piece.float()).all()):
+            value = next(v for v in piece.float().tolist() if not math.isfinite(v))
+            raise CollectError(f"`{key}` has the value {value}; look for examples that overflow, or store another dtype")
+        yield piece
