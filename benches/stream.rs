@@ -175,6 +175,7 @@ fn main() -> Fallible<()> {
         refuse_nonfinite: true,
         seed: 1,
         progress: ProgressMode::None,
+        resume: false,
     };
 
     let (models, one) = (&written.models, written.model_bytes);

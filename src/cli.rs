@@ -12,6 +12,7 @@ Examples:
   mats-stream merge merge.yml --out merged --max-memory 8GiB --threads 4
   mats-stream inspect models/base --stats                 tensors, norms, NaN and Inf counts
   mats-stream diff merged models/base --tolerance 1e-6    exit 1 where they differ by more
+  mats-stream verify merged                               exit 1 where a tensor is not as it was written
   mats-stream report merged                               one HTML page of what the merge did
 
 A minimal merge.yml:
@@ -20,9 +21,9 @@ A minimal merge.yml:
     - model: models/a
     - model: models/b
 
-Exit codes: 0 done; 1 diff found differences; 2 bad input, config or flag;
+Exit codes: 0 done; 1 diff or verify found differences; 2 bad input, config or flag;
 3 not converged (--require-convergence); 5 out of space; 6 other I/O error; 74 an input changed
-while it was read; 75 the output directory is in use; 130, 143 interrupted.";
+while it was read; 75 the output directory is in use; 130, 143 interrupted (merge --resume continues).";
 
 /// Merge fine-tuned neural networks larger than memory
 ///
@@ -52,6 +53,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Compare two checkpoints tensor by tensor
     Diff(DiffArgs),
+    /// Check a finished directory against the checksums of its report; exit 1 where anything differs
+    Verify(VerifyArgs),
     /// Write one self-contained HTML page of what a merge did
     ///
     /// Reads DIR/merge_report.json, writes DIR/report.html and prints its path. The page needs no network and
@@ -77,7 +80,7 @@ pub struct MergeArgs {
     pub config: PathBuf,
 
     // `Some` unless `dry_run`.
-    /// Directory to write; must not exist or be empty
+    /// Directory to write; must not exist, be empty, or hold this very merge to --resume
     #[arg(long, short, value_name = "DIR", required_unless_present = "dry_run")]
     pub out: Option<PathBuf>,
 
@@ -91,6 +94,10 @@ pub struct MergeArgs {
     /// What a NaN or Inf in an input does
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = Nonfinite::Error)]
     pub nonfinite: Nonfinite,
+
+    /// Continue a merge that ended early in the output directory; the result is the same, bit for bit
+    #[arg(long)]
+    pub resume: bool,
 
     /// Exit with 3 if some block did not converge (the output is kept)
     #[arg(long)]
@@ -150,6 +157,22 @@ pub struct DiffArgs {
     /// Largest difference that is none; more exits with 1
     #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = parse_tolerance)]
     pub tolerance: f64,
+
+    /// Print strict JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `verify DIR`.
+#[derive(Debug, Clone, Args)]
+pub struct VerifyArgs {
+    /// Output directory of a finished merge
+    #[arg(value_name = "DIR")]
+    pub directory: PathBuf,
+
+    /// Check too that the inputs are what was merged: size, time, header
+    #[arg(long)]
+    pub inputs: bool,
 
     /// Print strict JSON
     #[arg(long)]
@@ -422,6 +445,8 @@ mod tests {
             "plan c.yml --json --max-memory 1GiB --threads 1 --io pread --out-shard-size 1GB --untie",
             "inspect m --json --stats",
             "diff a b --tolerance 1e-6 --json",
+            "verify merged --inputs --json",
+            "merge c.yml --out o --resume",
             "--log-level error diff a b",
             "merge c.yml --dry-run",
             "report merged",
@@ -449,6 +474,7 @@ mod tests {
             "diff a b --tolerance nan",
             "diff a b --tolerance=-1",
             "diff a",
+            "verify",
             "report",
             "report a b",
             "completions",

@@ -68,10 +68,18 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A signal ended the run.
-    #[error("interrupted by signal {signal}; nothing was published")]
+    #[error(
+        "interrupted by signal {signal}; nothing was published{}",
+        out.as_ref().map_or_else(String::new, |out| format!(
+            ": `--resume` with the same command continues in {}",
+            crate::report::units::EscapedPath(out)
+        ))
+    )]
     Interrupted {
         /// Its number.
         signal: i32,
+        /// The output directory, if it can be continued.
+        out: Option<std::path::PathBuf>,
     },
 }
 
@@ -93,7 +101,7 @@ impl Error {
             Self::Plan(_) => 2,
             Self::Write(error) => error.exit_class().code(),
             Self::Stdout { .. } => 6,
-            Self::Interrupted { signal } => 128u8.saturating_add(u8::try_from(*signal).unwrap_or(0)),
+            Self::Interrupted { signal, .. } => 128u8.saturating_add(u8::try_from(*signal).unwrap_or(0)),
         }
     }
 

@@ -68,5 +68,6 @@ pub mod solve;
 pub mod statistics;
 pub mod stream;
 pub mod tokenizer;
+pub mod verify;
 pub mod view;
 pub mod write;

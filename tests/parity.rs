@@ -36,6 +36,7 @@ fn merged(tail: &str) -> (HashMap<String, Vec<f64>>, RunReport) {
         refuse_nonfinite: true,
         seed: 0,
         progress: ProgressMode::None,
+        resume: false,
     };
     let summary = merge(&config, &out, &options, &AtomicBool::new(false)).unwrap();
     (values(&out), summary.report)

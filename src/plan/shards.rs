@@ -13,6 +13,9 @@ use crate::report::units::{Bytes, Escaped};
 /// A safetensors header may take this many bytes at most (contract §1), its padding included.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
 
+/// The index's final name.
+pub const INDEX_NAME: &str = "model.safetensors.index.json";
+
 /// The key of a header that is not a tensor.
 const METADATA_KEY: &str = "__metadata__";
 
@@ -191,6 +194,11 @@ impl OutputLayout {
     /// The files, in order. There is always at least one, if only with an empty header.
     pub fn shards(&self) -> &[ShardLayout] {
         &self.shards
+    }
+
+    /// Whether `name` is the final name of a shard or of the index.
+    pub fn owns(&self, name: &str) -> bool {
+        name == INDEX_NAME || self.shards.iter().any(|shard| shard.file_name == name)
     }
 
     /// The shard that holds tensor number `tensor`, and the tensor's first byte in that file. `None`: no

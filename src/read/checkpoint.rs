@@ -13,7 +13,7 @@ use super::dtype::Dtype;
 use super::file::{InputFile, IoMode, read_small_file};
 use super::header::{Header, read_header};
 use super::index::Index;
-use super::{MAX_MODEL_CONFIG_BYTES, MAX_TENSORS, ReadError, escaped};
+use super::{CONVERT, MAX_MODEL_CONFIG_BYTES, MAX_TENSORS, PICKLED, ReadError, escaped};
 
 const SINGLE_FILE: &str = "model.safetensors";
 const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -78,6 +78,9 @@ impl Checkpoint {
             Source::of_directory(path)?
         } else if path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(INDEX_SUFFIX)) {
             Source::Sharded { index: path.to_owned(), directory: parent(path) }
+        } else if path.extension().and_then(|e| e.to_str()).is_some_and(|e| PICKLED.contains(&e)) {
+            let detail = format!("got pickled weights by its name, expected safetensors; {CONVERT}");
+            return Err(ReadError::NoCheckpoint { path: path.to_owned(), detail });
         } else {
             Source::File { file: path.to_owned(), directory: None }
         };
@@ -327,7 +330,7 @@ impl Source {
             let name = PathBuf::from(entry.map_err(failed)?.file_name());
             match name.extension().and_then(|extension| extension.to_str()) {
                 Some("safetensors") => safetensors.push(name),
-                Some("bin" | "pt" | "pth" | "ckpt") => pickled = Some(name),
+                Some(extension) if PICKLED.contains(&extension) => pickled = Some(name),
                 _ => {}
             }
         }
@@ -337,8 +340,7 @@ impl Source {
                 return Ok(Self::File { file: path.join(file), directory: Some(directory) });
             }
             ([], Some(pickled)) => format!(
-                "got pickled weights (`{}`), expected safetensors; convert them first, for example with \
-                 `save_pretrained(…, safe_serialization=True)`",
+                "got pickled weights (`{}`), expected safetensors; {CONVERT}",
                 escaped(&pickled.to_string_lossy())
             ),
             ([], None) => {

@@ -52,6 +52,10 @@ pub fn read_header(file: &InputFile, file_index: usize) -> Result<Header, ReadEr
     let header_len = u64::from_le_bytes(prefix);
     // Before anything is allocated: the length is whatever somebody wrote there.
     if header_len > MAX_HEADER_BYTES {
+        if let Some(found) = super::pickled(&prefix) {
+            let detail = format!("got {found}, expected safetensors; {}", super::CONVERT);
+            return Err(ReadError::NoCheckpoint { path: path.to_owned(), detail });
+        }
         let limit = MAX_HEADER_BYTES;
         return Err(ReadError::HeaderTooLarge { path: path.to_owned(), header_len, limit });
     }
@@ -68,6 +72,24 @@ pub fn read_header(file: &InputFile, file_index: usize) -> Result<Header, ReadEr
     }
     file.release(0..data_start, false);
     Ok(header)
+}
+
+/// XXH3-128 of a safetensors file's header with its length, in hexadecimal: the quick half of what tells whether a file is
+/// still the same.
+///
+/// # Errors
+/// Those of reading; [`ReadError::RangePastEnd`] for a file that has no header.
+pub fn header_hash(file: &InputFile) -> Result<String, ReadError> {
+    const AT_ONCE: u64 = 64 << 10;
+    let mut scratch = Vec::new();
+    let mut length = [0; PREFIX as usize];
+    length.copy_from_slice(file.bytes(0..PREFIX, &mut scratch)?);
+    let end = PREFIX.saturating_add(u64::from_le_bytes(length)).min(file.len());
+    let mut hasher = twox_hash::XxHash3_128::default();
+    for first in (0..end).step_by(AT_ONCE as usize) {
+        hasher.write(file.bytes(first..(first + AT_ONCE).min(end), &mut scratch)?);
+    }
+    Ok(format!("{:032x}", hasher.finish_128()))
 }
 
 /// Parses the header's JSON; offsets stay relative to the data, and only each tensor by itself is checked.

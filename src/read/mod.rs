@@ -30,7 +30,7 @@ pub use dtype::{
     first_nonfinite_f64,
 };
 pub use file::{Fingerprint, InputFile, IoMode, read_small_file};
-pub use header::{Header, read_header};
+pub use header::{Header, header_hash, read_header};
 pub use mmap::exit_on_lost_pages;
 
 /// Longest safetensors header that is accepted, in bytes.
@@ -75,6 +75,21 @@ fn shortened(message: &dyn std::fmt::Display) -> String {
     match message.char_indices().nth(300) {
         Some((end, _)) => format!("{}…", &message[..end]),
         None => message,
+    }
+}
+
+/// What to do with pickled weights: reading them means running what they say.
+const CONVERT: &str = "convert them first, for example with `save_pretrained(…, safe_serialization=True)`; pickles are never read";
+
+/// Extensions that PyTorch's pickles go by.
+const PICKLED: [&str; 4] = ["bin", "pt", "pth", "ckpt"];
+
+/// What a file that begins so is, where it is one of PyTorch's formats: none has a header length within the limit.
+fn pickled(prefix: &[u8; 8]) -> Option<&'static str> {
+    match prefix {
+        [b'P', b'K', 3, 4, ..] => Some("a zip archive (pickled weights)"),
+        [0x80, 2..=5, ..] => Some("a pickle"),
+        _ => None,
     }
 }
 

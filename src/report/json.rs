@@ -24,6 +24,12 @@ pub struct RunReport {
     pub version: String,
     /// Hash of the canonical config.
     pub config_hash: String,
+    /// Hash of everything that decides the output's bytes: config, inputs, flags, version, processor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run_hash: Option<String>,
+    /// Tensors that were on disk from a run before, which this one continued.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resumed_tensors: Option<u64>,
     /// The whole run, in seconds.
     #[serde(deserialize_with = "null_is_nan")]
     pub wall_seconds: f64,
@@ -95,6 +101,9 @@ pub struct InputFileRecord {
     /// Hash of the file's header.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub header_hash: Option<String>,
+    /// The way to it from the output directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub location: Option<String>,
 }
 
 /// An output shard.

@@ -1,5 +1,6 @@
 //! `merge`: config → plan → stream → published directory with its report.
 
+use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use std::time::Instant;
 use super::inputs::{input_paths, open_inputs};
 use super::record;
 use super::resources::{available_memory, limits, metadata_bytes};
+use super::resume::{self, Committer, Done};
 use super::sweep::sweep_config;
 use crate::cli::{MergeArgs, Nonfinite};
 use crate::config::{ConfigError, MergeConfig};
@@ -33,6 +35,8 @@ pub struct MergeOptions {
     pub seed: u64,
     /// What is shown on stderr.
     pub progress: ProgressMode,
+    /// Continue a run that ended early.
+    pub resume: bool,
 }
 
 /// What a finished merge tells.
@@ -44,6 +48,17 @@ pub struct MergeSummary {
     pub report: RunReport,
     /// Parameters whose solver did not converge.
     pub unconverged: Vec<String>,
+    /// The directory was complete before: nothing was done.
+    pub already: bool,
+}
+
+impl MergeSummary {
+    /// Of a directory that is complete.
+    fn already(report: RunReport) -> Self {
+        let unconverged = report.parameters.iter().filter(|(_, p)| p.converged == Some(false));
+        let unconverged = unconverged.map(|(name, _)| name.clone()).collect();
+        Self { name: None, report, unconverged, already: true }
+    }
 }
 
 /// Raised by signals; the number of the first one.
@@ -70,10 +85,11 @@ impl Signals {
         Self { cancel, number }
     }
 
-    fn interrupted(&self) -> Option<Error> {
+    /// `out`: where `--resume` can go on.
+    fn interrupted(&self, out: Option<&Path>) -> Option<Error> {
         match self.number.load(Ordering::Relaxed) {
             0 => None,
-            signal => Some(Error::Interrupted { signal: signal as i32 }),
+            signal => Some(Error::Interrupted { signal: signal as i32, out: out.map(Path::to_owned) }),
         }
     }
 }
@@ -92,6 +108,7 @@ pub(super) fn command(args: MergeArgs) -> Result<ExitCode, Error> {
             crate::cli::ProgressMode::Plain => ProgressMode::Plain,
             crate::cli::ProgressMode::None => ProgressMode::None,
         },
+        resume: args.resume,
     };
     let signals = Signals::install();
     let config = MergeConfig::load(&args.config)?;
@@ -99,12 +116,17 @@ pub(super) fn command(args: MergeArgs) -> Result<ExitCode, Error> {
         Some(_) => sweep_config(&config, &out, &options, &signals.cancel).map(|summary| summary.models),
         None => merge_config(&config, &out, &options, &signals.cancel).map(|summary| vec![summary]),
     };
-    let summaries = merged.map_err(|error| match (&error, signals.interrupted()) {
+    let resumable = config.sweep.is_none().then_some(&*out);
+    let summaries = merged.map_err(|error| match (&error, signals.interrupted(resumable)) {
         (Error::Merge(MergeError::Cancelled), Some(interrupted)) => interrupted,
         _ => error,
     })?;
     let mut code = ExitCode::SUCCESS;
     for summary in &summaries {
+        if summary.already {
+            let out = crate::report::units::EscapedPath(&out).to_string();
+            let _ = writeln!(std::io::stderr(), "mats-stream: {out}: this merge is complete; nothing to do");
+        }
         let of = summary.name.as_ref().map_or_else(String::new, |name| format!("{name}: "));
         for (name, record) in &summary.report.parameters {
             if let Some(reason @ ("not_finite" | "not_positive_definite")) = record.stop_reason.as_deref() {
@@ -163,9 +185,25 @@ fn merge_config(
     cancel: &AtomicBool,
 ) -> Result<MergeSummary, Error> {
     let started = Instant::now();
+    let config_hash = record::config_hash(config);
     let paths = input_paths(config);
-    OutputDir::check(out, &paths)?;
-    let mut inputs = open_inputs(config, options.io, options.refuse_nonfinite)?;
+    let complete = if options.resume { resume::finished(out) } else { None };
+    match (&complete, options.resume) {
+        (Some(report), _) => resume::check_finished(out, report, &config_hash, None)?,
+        (None, true) => OutputDir::check_unfinished(out, &paths)?,
+        (None, false) => OutputDir::check(out, &paths)?,
+    }
+    let opened = open_inputs(config, options.io, options.refuse_nonfinite);
+    if let Some(report) = complete {
+        // Inputs may be gone once a merge is done.
+        if let Ok(inputs) = &opened {
+            let key = resume::key(config_hash.clone(), options, inputs)?;
+            resume::check_finished(out, &report, &config_hash, Some(&key))?;
+        }
+        OutputDir::tidy(out);
+        return Ok(MergeSummary::already(report));
+    }
+    let mut inputs = opened?;
     let metadata = metadata_bytes(&inputs);
     let plan = MergePlan::new(config, &mut inputs, options.limits, metadata)?;
     for warning in &plan.warnings {
@@ -173,26 +211,90 @@ fn merge_config(
     }
     let inputs = Arc::new(inputs);
 
-    let directory = OutputDir::claim(out, &paths)?;
-    let writer = CheckpointWriter::create(directory, Arc::new(plan.layout.clone()))?;
-    let progress =
-        Progress::new(options.progress, plan.blocks.len() as u64, plan.read_bytes() + plan.write_bytes());
-    let blocks = stream::run(&plan, &inputs, &writer, &progress, cancel, drops_cache(&inputs))?;
+    let key = resume::key(config_hash, options, &inputs)?;
+    let side = record::side_files(config, &plan, &inputs)?;
+    let own = |name: &str| side.iter().any(|file| file.name == name) || plan.layout.owns(name);
+    let (writer, before) = resume::open(out, &paths, &own, options.resume, &plan, key.clone())?;
+    if before.len() > 0 {
+        tracing::info!("{} of {} tensors are there already", before.len(), plan.blocks.len());
+    }
+    let progress = Progress::new(
+        options.progress,
+        (plan.blocks.len() - before.len()) as u64,
+        plan.read_bytes() + plan.write_bytes() - before.bytes(&plan),
+    );
+    let blocks = stream_and_commit(&plan, &inputs, &writer, &progress, cancel)
+        .map_err(|error| changed_input(error, &inputs))
+        .inspect_err(|error| {
+            if resume::resumable(error) {
+                writer.keep_unfinished();
+            }
+        })?;
     progress.finish();
     for file in record::input_files(&inputs) {
         file.check_unchanged()?;
     }
+    // From here on only the disk can be at fault, and everything is there.
+    writer.keep_unfinished();
     writer.sync()?;
 
-    let unconverged = unconverged(&plan, &blocks);
-    let report = record::report(config, &plan, &inputs, &blocks, options, started, writer.bytes_written());
+    let mut unconverged: Vec<String> =
+        unconverged(&plan, &blocks).into_iter().chain(before.unconverged(&plan)).collect();
+    unconverged.sort_unstable();
+    let mut report =
+        record::report(config, &plan, &inputs, &blocks, options, started, writer.bytes_written());
+    before.complete(&mut report, &plan, &writer, &key, record::input_files(&inputs))?;
     for warning in &report.warnings[plan.warnings.len()..] {
         tracing::warn!("{warning}");
     }
-    let before_index = record::side_files(config, &plan, &inputs)?;
     let last = SideFile::new(crate::report::REPORT_FILE, report.to_json());
-    writer.finish(before_index, last)?;
-    Ok(MergeSummary { name: None, report, unconverged })
+    writer.finish(side, last)?;
+    Ok(MergeSummary { name: None, report, unconverged, already: false })
+}
+
+/// What made a block fail, if an input changed: what was found in it then says nothing about the file that was opened.
+fn changed_input(error: Error, inputs: &Inputs) -> Error {
+    if matches!(error, Error::Merge(MergeError::Cancelled | MergeError::Write(_)) | Error::Write(_)) {
+        return error;
+    }
+    record::input_files(inputs).find_map(|file| file.check_unchanged().err()).map_or(error, Error::from)
+}
+
+/// Runs the plan while a thread of its own makes finished tensors durable.
+fn stream_and_commit(
+    plan: &MergePlan,
+    inputs: &Arc<Inputs>,
+    writer: &CheckpointWriter,
+    progress: &Progress,
+    cancel: &AtomicBool,
+) -> Result<Vec<BlockReport>, Error> {
+    let committer = Committer::new(writer);
+    let finished = |block: &BlockReport| {
+        let planned = &plan.blocks[block.block];
+        let done = Done {
+            parameter: record::parameter(planned, block),
+            flops: record::flops(planned, block),
+            unconverged: is_unconverged(block),
+            differs_in: block.differs_in.clone(),
+        };
+        writer.record(block.block, serde_json::to_value(done).expect("string keys and plain values"));
+    };
+    let (streamed, committed) = std::thread::scope(|threads| {
+        let commits = threads.spawn(|| committer.run(cancel));
+        let end = committer.stop_at_end();
+        let streamed = stream::run(plan, inputs, writer, progress, cancel, drops_cache(inputs), &finished);
+        drop(end);
+        (streamed, commits.join().unwrap_or(Ok(())))
+    });
+    match (streamed, committed) {
+        // A commit that failed stopped the blocks: it is the cause.
+        (Ok(_) | Err(MergeError::Cancelled), Err(error)) => Err(error.into()),
+        (streamed, _) => Ok(streamed?),
+    }
+}
+
+fn is_unconverged(block: &BlockReport) -> bool {
+    block.outcomes.last().is_some_and(|outcome| !outcome.stop.converged())
 }
 
 /// Inputs that will not fit in the page cache are not kept there: the machine has better use for it.
@@ -203,9 +305,5 @@ pub(super) fn drops_cache(inputs: &Inputs) -> bool {
 
 /// Parameters whose last solver did not meet its tolerance.
 pub(super) fn unconverged(plan: &MergePlan, blocks: &[BlockReport]) -> Vec<String> {
-    blocks
-        .iter()
-        .filter(|b| b.outcomes.last().is_some_and(|o| !o.stop.converged()))
-        .map(|b| plan.blocks[b.block].name.clone())
-        .collect()
+    blocks.iter().filter(|block| is_unconverged(block)).map(|b| plan.blocks[b.block].name.clone()).collect()
 }

@@ -6,6 +6,7 @@ mod merge;
 mod record;
 mod report;
 mod resources;
+mod resume;
 mod sections;
 mod sweep;
 
@@ -17,7 +18,7 @@ pub use merge::{MergeOptions, MergeSummary, merge};
 pub use resources::default_max_memory;
 pub use sweep::{SweepSummary, sweep};
 
-use crate::cli::{Cli, Command, DiffArgs, InspectArgs, PlanArgs};
+use crate::cli::{Cli, Command, DiffArgs, InspectArgs, PlanArgs, VerifyArgs};
 use crate::config::MergeConfig;
 use crate::error::Error;
 use crate::plan::{MergePlan, SweepPlan};
@@ -36,6 +37,7 @@ pub fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Plan(args) => plan(&args),
         Command::Inspect(args) => inspect(&args),
         Command::Diff(args) => diff(&args),
+        Command::Verify(args) => verify(&args),
         Command::Report(args) => report::command(&args),
         Command::Completions(args) => manual::completions(&args),
         Command::Man(args) => manual::man(&args),
@@ -73,6 +75,13 @@ fn diff(args: &DiffArgs) -> Result<ExitCode, Error> {
     let diff = crate::diff::diff(&args.a, &args.b, args.tolerance, IoMode::for_path(&args.a))?;
     print(|out| if args.json { json(out, &diff) } else { diff.write_table(out) })?;
     Ok(if diff.differs { ExitCode::from(1) } else { ExitCode::SUCCESS })
+}
+
+fn verify(args: &VerifyArgs) -> Result<ExitCode, Error> {
+    // Read, not mapped: a shard with a bad sector is a finding, not a signal.
+    let found = crate::verify::verify(&args.directory, args.inputs, IoMode::Pread)?;
+    print(|out| if args.json { json(out, &found) } else { found.write_table(out) })?;
+    Ok(if found.ok { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
 fn io_mode(io: crate::cli::IoMode) -> IoMode {

@@ -144,21 +144,18 @@ pub(super) fn report(
         let planned = &plan.blocks[block.block];
         report.parameters.insert(planned.name.clone(), parameter(planned, block));
         if let Some(model) = &block.differs_in {
-            report.warnings.push(format!(
-                "tensor `{}` has other values in {model}; the reference's were copied",
-                crate::read::escaped(&planned.name)
-            ));
+            report.warnings.push(differs(&planned.name, model));
         }
     }
     report
 }
 
-fn flops(planned: &BlockPlan, block: &BlockReport) -> f64 {
+pub(super) fn flops(planned: &BlockPlan, block: &BlockReport) -> f64 {
     let counted: f64 = block.outcomes.iter().map(|o| o.flops).sum();
     if counted > 0.0 { counted } else { planned.flops }
 }
 
-fn parameter(planned: &BlockPlan, block: &BlockReport) -> ParameterReport {
+pub(super) fn parameter(planned: &BlockPlan, block: &BlockReport) -> ParameterReport {
     let mut parameter = ParameterReport {
         seconds: block.seconds,
         bytes_read: block.bytes_read,
@@ -213,6 +210,12 @@ fn round(solve: &crate::merge::Solve, outcome: &SolveOutcome) -> RoundReport {
     }
 }
 
+/// What is told of an integer tensor that `model` has otherwise.
+pub(super) fn differs(tensor: &str, model: &str) -> String {
+    let name = crate::read::escaped(tensor);
+    format!("tensor `{name}` has other values in {model}; the reference's were copied")
+}
+
 /// Hash of what the config means, not of how it is written.
 pub(super) fn config_hash(config: &MergeConfig) -> String {
     let text = format!("{}\n{}", env!("CARGO_PKG_VERSION"), config.canonical_hash_input());
@@ -228,6 +231,7 @@ fn input_records(config: &MergeConfig, inputs: &Inputs) -> Vec<InputRecord> {
                 bytes: file.fingerprint().len,
                 mtime_ns: file.fingerprint().mtime_ns,
                 header_hash: None,
+                location: None,
             })
             .collect(),
     };

@@ -46,6 +46,10 @@ pub(super) fn sweep_config(
     cancel: &AtomicBool,
 ) -> Result<SweepSummary, Error> {
     let started = Instant::now();
+    if options.resume {
+        let what = "a sweep cannot be continued in this version; empty the directory and start it again";
+        return Err(Error::Flag { flag: "--resume", what: what.to_owned() });
+    }
     let Some(sweep) = &config.sweep else {
         return Err(Error::Config(ConfigError::Missing {
             path: config.path.clone(),
@@ -75,7 +79,7 @@ pub(super) fn sweep_config(
     let progress =
         Progress::new(options.progress, first.blocks.len() as u64, plan.read_bytes() + plan.write_bytes());
     let drop_cache = drops_cache(&inputs);
-    let blocks = stream::run_variants(plans, &inputs, &writers, &progress, cancel, drop_cache)?;
+    let blocks = stream::run_variants(plans, &inputs, &writers, &progress, cancel, drop_cache, &|_| ())?;
     progress.finish();
     for file in record::input_files(&inputs) {
         file.check_unchanged()?;
@@ -100,7 +104,7 @@ pub(super) fn sweep_config(
         directory.complete(&variant.name, writer, before_index, last)?;
         let unconverged = unconverged(plan, blocks);
         runs.push(run(variant, blocks, unconverged.is_empty()));
-        models.push(MergeSummary { name: Some(variant.name.clone()), report, unconverged });
+        models.push(MergeSummary { name: Some(variant.name.clone()), report, unconverged, already: false });
     }
     let report = SweepReport {
         version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -45,7 +45,9 @@ pub struct BlockReport {
     pub differs_in: Option<String>,
 }
 
-/// Runs every unit of `plan`; the reports come back in the order of its blocks.
+/// Runs every unit of `plan`; the reports come back in the order of its blocks. Tensors that `writer` has from a run before
+/// are passed over. `finished` is told of every block on the thread that finished it; its last bytes may still be on their
+/// way to the writer.
 ///
 /// # Errors
 /// The first error of any block; the others are stopped at their next tile or iteration.
@@ -56,15 +58,16 @@ pub fn run(
     progress: &Progress,
     cancel: &AtomicBool,
     drop_cache: bool,
+    finished: &(dyn Fn(&BlockReport) + Sync),
 ) -> Result<Vec<BlockReport>, MergeError> {
     let (plans, writers) = (std::slice::from_ref(plan), std::slice::from_ref(writer));
-    let mut reports = run_variants(plans, inputs, writers, progress, cancel, drop_cache)?;
+    let mut reports = run_variants(plans, inputs, writers, progress, cancel, drop_cache, finished)?;
     Ok(reports.pop().unwrap_or_default())
 }
 
 /// Runs the plans of a sweep's variants together, block by block: each block's inputs are read once for all of them.
 /// The plans have the same blocks and units; the units of the first, whose memory is that of every variant, are the ones
-/// that run. One writer and one list of reports a plan.
+/// that run. One writer and one list of reports a plan. `finished` is told of blocks where there is one plan alone.
 ///
 /// # Errors
 /// As [`run`].
@@ -75,6 +78,7 @@ pub fn run_variants(
     progress: &Progress,
     cancel: &AtomicBool,
     drop_cache: bool,
+    finished: &(dyn Fn(&BlockReport) + Sync),
 ) -> Result<Vec<Vec<BlockReport>>, MergeError> {
     let Some(plan) = plans.first() else { return Ok(Vec::new()) };
     let pool = rayon::ThreadPoolBuilder::new()
@@ -90,7 +94,8 @@ pub fn run_variants(
     let (sink, drain) = sink::channel(writers, budget::out_buffers(plan.limits.threads));
     let position = prefetch::Position::default();
     let state = Admission::new(available);
-    let engine = Engine { plans, inputs, progress, cancel, position: &position, drop_cache };
+    let engine =
+        Engine { plans, inputs, writers, progress, cancel, position: &position, drop_cache, finished };
 
     let (reports, written) = std::thread::scope(|threads| {
         let drained = threads.spawn(|| {
@@ -100,7 +105,7 @@ pub fn run_variants(
             }
             result
         });
-        threads.spawn(|| prefetch::run(plan, inputs, &position, window));
+        threads.spawn(|| prefetch::run(plan, inputs, &position, window, |k| engine.resumed(k)));
         let reports: Mutex<Vec<Vec<BlockReport>>> = Mutex::new(Vec::with_capacity(plan.blocks.len()));
         let failed: Mutex<Option<MergeError>> = Mutex::new(None);
         let work = |unit: &Unit, threading: Threading| match engine.unit_or_error(unit, threading, &sink) {
@@ -116,7 +121,7 @@ pub fn run_variants(
         };
         let (work, state) = (&work, &state);
         pool.in_place_scope(|scope| {
-            for unit in &plan.units {
+            for unit in plan.units.iter().filter(|unit| !unit.blocks.iter().all(|k| engine.resumed(*k))) {
                 state.admit(unit, plan.limits.threads);
                 if engine.cancel.load(Ordering::Relaxed) {
                     state.release(unit);
@@ -143,7 +148,7 @@ pub fn run_variants(
     // A write that failed stopped the blocks: it is the cause.
     written?;
     let by_block = reports?;
-    if by_block.len() != plan.blocks.len() {
+    if by_block.len() != (0..plan.blocks.len()).filter(|k| !engine.resumed(*k)).count() {
         return Err(MergeError::Cancelled);
     }
     let mut reports: Vec<Vec<BlockReport>> =
@@ -212,13 +217,20 @@ struct Engine<'e> {
     /// One, or one for each variant of a sweep, with the same blocks.
     plans: &'e [MergePlan],
     inputs: &'e Arc<Inputs>,
+    writers: &'e [CheckpointWriter],
     progress: &'e Progress,
     cancel: &'e AtomicBool,
     position: &'e prefetch::Position,
     drop_cache: bool,
+    finished: &'e (dyn Fn(&BlockReport) + Sync),
 }
 
 impl Engine<'_> {
+    /// Whether a run before this one has written the block, for every plan.
+    fn resumed(&self, block: usize) -> bool {
+        self.writers.iter().all(|writer| writer.resumed(block))
+    }
+
     /// As [`Engine::unit`]; a buffer that the system refuses unwinds to here.
     fn unit_or_error(
         &self,
@@ -243,7 +255,7 @@ impl Engine<'_> {
     ) -> Result<Vec<Vec<BlockReport>>, MergeError> {
         let mut shared = Shared::default();
         let mut reports = Vec::with_capacity(unit.blocks.len());
-        for index in &unit.blocks {
+        for index in unit.blocks.iter().filter(|index| !self.resumed(**index)) {
             if self.cancel.load(Ordering::Relaxed) {
                 return Err(MergeError::Cancelled);
             }
@@ -256,6 +268,9 @@ impl Engine<'_> {
             self.progress.bytes(read + block.write_bytes * found.len() as u64);
             if let Some(last) = found.last() {
                 self.progress.block_finished(&block.name, &line(block, last, found.len()));
+            }
+            if let [report] = &found[..] {
+                (self.finished)(report);
             }
             reports.push(found);
         }

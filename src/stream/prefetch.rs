@@ -110,10 +110,17 @@ fn parts<'i>(inputs: &'i Inputs, block: &BlockPlan) -> Vec<Part<'i>> {
     parts
 }
 
-/// Asks the system for the inputs of every block in turn, at most `window` bytes ahead.
-pub(super) fn run(plan: &MergePlan, inputs: &Arc<Inputs>, position: &Position, window: u64) {
+/// Asks the system for the inputs of every block in turn but those to `skip`, at most `window` bytes ahead.
+pub(super) fn run(
+    plan: &MergePlan,
+    inputs: &Arc<Inputs>,
+    position: &Position,
+    window: u64,
+    skip: impl Fn(usize) -> bool,
+) {
     let mut asked = 0;
-    for block in plan.units.iter().flat_map(|u| &u.blocks).map(|k| &plan.blocks[*k]) {
+    let blocks = plan.units.iter().flat_map(|u| &u.blocks).filter(|k| !skip(**k));
+    for block in blocks.map(|k| &plan.blocks[*k]) {
         let parts = parts(inputs.of_section(block.section), block);
         // Round robin: elementwise merges read all models in step.
         let longest = parts.iter().map(Part::bytes).max().unwrap_or(0);

@@ -81,6 +81,30 @@ pub enum WriteError {
         holds: String,
     },
 
+    /// The output directory holds a merge that ended early, and nobody said to continue it.
+    #[error(
+        "{}: holds a merge that did not finish; `--resume` continues it (the same command with that flag), or empty \
+         the directory yourself",
+        EscapedPath(path)
+    )]
+    Unfinished {
+        /// The output directory.
+        path: PathBuf,
+    },
+
+    /// The merge that ended early, or the one that is complete, is another one.
+    #[error(
+        "{}: cannot resume: the merge in this directory has {what}; choose another directory, or empty this one \
+         yourself",
+        EscapedPath(path)
+    )]
+    OtherRun {
+        /// The output directory.
+        path: PathBuf,
+        /// In what they differ.
+        what: String,
+    },
+
     /// The output would lie over an input.
     #[error(
         "{}: the output directory {relation} the input {} (expected a place apart from every input)",
@@ -244,6 +268,8 @@ impl WriteError {
         match self {
             Self::NotADirectory { .. }
             | Self::NotEmpty { .. }
+            | Self::Unfinished { .. }
+            | Self::OtherRun { .. }
             | Self::OverInput { .. }
             | Self::Unusable { .. }
             | Self::SideFileTooLarge { .. }

@@ -2,8 +2,8 @@
 //!
 //! The engine claims a directory ([`OutputDir`]), opens a [`CheckpointWriter`] on a planned layout,
 //! writes tensor bytes at their places from any thread, and finishes. Until then everything carries a
-//! temporary name; a run that fails or is dropped leaves nothing behind. What a name in the directory
-//! promises (contract §4):
+//! temporary name; a run that fails leaves nothing behind, or a [`journal`] with which another continues
+//! it. What a name in the directory promises (contract §4):
 //!
 //! 1. side files (config, tokenizer, model card), then shards: each complete and on disk before its
 //!    rename;
@@ -15,13 +15,17 @@
 //! Output is never mapped into memory: a full disk has to be an error, not a signal. Nothing here
 //! computes, encodes a dtype or decides a layout.
 
+pub mod checksum;
 mod error;
+pub(crate) mod fault;
+pub mod journal;
 mod output_dir;
 mod replace;
 mod shard;
 mod side;
 mod sweep_dir;
 
+pub use checksum::Checksum;
 pub use error::{ExitClass, OverInput, WriteError};
 pub use output_dir::OutputDir;
 pub use replace::replace_file;

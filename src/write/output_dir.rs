@@ -12,11 +12,16 @@ use std::path::{Component, Path, PathBuf};
 use rustix::fs::OFlags;
 
 use super::error::{OverInput, WriteError};
+use super::fault;
 use super::side::{self, SideFile};
+use crate::report::REPORT_FILE;
 use crate::report::units::Escaped;
 
 /// Held with `flock` while a run works in the directory.
-const LOCK_NAME: &str = ".mats-stream-lock";
+pub(super) const LOCK_NAME: &str = ".mats-stream-lock";
+
+/// What a run that ended early leaves for the next one.
+pub(super) const JOURNAL_NAME: &str = ".mats-stream-journal";
 
 /// Every temporary file begins so …
 pub(super) const TEMPORARY_PREFIX: &str = ".mats-stream-";
@@ -38,6 +43,8 @@ pub struct OutputDir {
     lock: Option<File>,
     /// The directories we made, outermost first.
     created: Vec<PathBuf>,
+    /// Holds the journal of a run that ended early, to be continued.
+    unfinished: bool,
 }
 
 impl OutputDir {
@@ -47,7 +54,25 @@ impl OutputDir {
     /// # Errors
     /// As for `claim`.
     pub fn check(path: &Path, inputs: &[PathBuf]) -> Result<(), WriteError> {
-        examine(path, inputs).map(|_| ())
+        examine(path, inputs, false).map(|_| ())
+    }
+
+    /// As [`OutputDir::check`] for a run that continues what it finds.
+    ///
+    /// # Errors
+    /// As for [`OutputDir::claim_unfinished`], but for files that are not the run's own.
+    pub fn check_unfinished(path: &Path, inputs: &[PathBuf]) -> Result<(), WriteError> {
+        examine(path, inputs, true).map(|_| ())
+    }
+
+    /// Removes what a run that died right after its last rename left in a directory that is complete. Best effort: both
+    /// names promise nothing.
+    pub fn tidy(path: &Path) {
+        if !lock_is_held(path) {
+            for name in [JOURNAL_NAME, LOCK_NAME] {
+                let _ = fs::remove_file(path.join(name));
+            }
+        }
     }
 
     /// Claims `path` for this run.
@@ -58,13 +83,39 @@ impl OutputDir {
     ///
     /// # Errors
     /// [`WriteError::NotEmpty`], [`WriteError::NotADirectory`], [`WriteError::OverInput`] and
-    /// [`WriteError::Unusable`] for a path that cannot serve, [`WriteError::Locked`] while another
-    /// process holds it.
+    /// [`WriteError::Unusable`] for a path that cannot serve, [`WriteError::Unfinished`] for one that holds a
+    /// journal, [`WriteError::Locked`] while another process holds it.
     pub fn claim(path: &Path, inputs: &[PathBuf]) -> Result<Self, WriteError> {
-        let place = examine(path, inputs)?;
+        Self::claim_as(path, inputs, None)
+    }
+
+    /// As [`OutputDir::claim`], and a directory with a journal will do: [`OutputDir::unfinished`] then says so. `own`
+    /// tells the final names of that run's output; they may be there already.
+    ///
+    /// # Errors
+    /// As for `claim`; [`WriteError::NotEmpty`] if there is anything but the run's own files beside the journal.
+    pub fn claim_unfinished(
+        path: &Path,
+        inputs: &[PathBuf],
+        own: &dyn Fn(&str) -> bool,
+    ) -> Result<Self, WriteError> {
+        Self::claim_as(path, inputs, Some(own))
+    }
+
+    fn claim_as(
+        path: &Path,
+        inputs: &[PathBuf],
+        own: Option<&dyn Fn(&str) -> bool>,
+    ) -> Result<Self, WriteError> {
+        let place = examine(path, inputs, own.is_some())?;
         // From here on a failure drops `claimed`, which takes back what was made.
-        let mut claimed =
-            Self { shown: path.to_owned(), path: place.existing, lock: None, created: Vec::new() };
+        let mut claimed = Self {
+            shown: path.to_owned(),
+            path: place.existing,
+            lock: None,
+            created: Vec::new(),
+            unfinished: false,
+        };
         for component in place.missing {
             claimed.path.push(component);
             // The mode is cut by the umask, as for every program that makes directories.
@@ -78,10 +129,17 @@ impl OutputDir {
         }
         claimed.lock = Some(lock(&claimed.path, path)?);
         // Looked at again now that nobody else may write here.
-        let contents = survey(&claimed.path, path)?;
-        if !contents.foreign.is_empty() {
-            return Err(contents.into_not_empty(path));
+        let mut contents = survey(&claimed.path, path)?;
+        if let (true, Some(own)) = (contents.journal, own) {
+            contents.foreign.retain(|name| !own(&name.to_string_lossy()));
+            if !contents.foreign.is_empty() {
+                return Err(contents.not_empty(path));
+            }
+            // What is in the temporary files is for the writer to judge.
+            claimed.unfinished = true;
+            return Ok(claimed);
         }
+        contents.refuse(path)?;
         for leftover in contents.leftovers {
             let file = claimed.path.join(leftover);
             tracing::info!(file = %file.display(), "removing a temporary file of a run that died");
@@ -94,6 +152,11 @@ impl OutputDir {
     /// The directory, as a canonical path.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether it holds the journal of a run that ended early.
+    pub fn unfinished(&self) -> bool {
+        self.unfinished
     }
 
     /// The directory as the user wrote it.
@@ -157,7 +220,8 @@ impl Drop for OutputDir {
 
 /// Makes renames and new names in `directory` durable.
 pub(super) fn sync_directory(directory: &Path) -> Result<(), WriteError> {
-    File::open(directory)
+    fault::point("directory.fsync")
+        .and_then(|()| File::open(directory))
         .and_then(|handle| handle.sync_all())
         .map_err(|source| WriteError::writing(directory, "fsync the output directory", 4096, source))
 }
@@ -179,7 +243,7 @@ impl Place {
 }
 
 /// All checks that need no lock.
-fn examine(path: &Path, inputs: &[PathBuf]) -> Result<Place, WriteError> {
+fn examine(path: &Path, inputs: &[PathBuf], resume: bool) -> Result<Place, WriteError> {
     let place = resolve(path)?;
     refuse_over_inputs(path, &place, inputs)?;
     if !place.missing.is_empty() {
@@ -197,8 +261,8 @@ fn examine(path: &Path, inputs: &[PathBuf]) -> Result<Place, WriteError> {
     if contents.lock && lock_is_held(&place.existing) {
         return Err(WriteError::Locked { path: path.to_owned() });
     }
-    if !contents.foreign.is_empty() {
-        return Err(contents.into_not_empty(path));
+    if !(resume && contents.journal) {
+        contents.refuse(path)?;
     }
     Ok(place)
 }
@@ -271,6 +335,7 @@ fn identities(path: &Path) -> Vec<(u64, u64)> {
 #[derive(Default)]
 struct Contents {
     lock: bool,
+    journal: bool,
     /// Our temporary files.
     leftovers: Vec<OsString>,
     /// Everything else.
@@ -278,11 +343,20 @@ struct Contents {
 }
 
 impl Contents {
-    fn into_not_empty(mut self, path: &Path) -> WriteError {
+    /// Anything but leftovers that nobody can continue.
+    fn refuse(&self, path: &Path) -> Result<(), WriteError> {
+        let finished = self.foreign.iter().any(|name| name == REPORT_FILE);
+        if self.journal && !finished {
+            return Err(WriteError::Unfinished { path: path.to_owned() });
+        }
+        if self.foreign.is_empty() && !self.journal { Ok(()) } else { Err(self.not_empty(path)) }
+    }
+
+    fn not_empty(&self, path: &Path) -> WriteError {
         const SHOWN: usize = 4;
-        self.foreign.sort_unstable();
-        let names: Vec<String> = self
-            .foreign
+        let mut foreign: Vec<&OsString> = self.foreign.iter().collect();
+        foreign.sort_unstable();
+        let names: Vec<String> = foreign
             .iter()
             .take(SHOWN)
             .map(|name| format!("`{}`", Escaped(&name.to_string_lossy())))
@@ -309,6 +383,8 @@ fn survey(directory: &Path, shown: &Path) -> Result<Contents, WriteError> {
         let text = name.to_string_lossy();
         if regular && text == LOCK_NAME {
             contents.lock = true;
+        } else if regular && text == JOURNAL_NAME {
+            contents.journal = true;
         } else if regular && text.starts_with(TEMPORARY_PREFIX) && text.ends_with(TEMPORARY_SUFFIX) {
             contents.leftovers.push(name);
         } else {

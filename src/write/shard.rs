@@ -10,19 +10,19 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{Advice, FallocateFlags, OFlags};
 use rustix::io::Errno;
 
+use super::checksum::{Assembler, Checksum, Hashed};
 use super::error::{WriteError, free_bytes};
-use super::output_dir::{OutputDir, sync_directory};
+use super::fault;
+use super::journal::{Journal, Record, RunKey};
+use super::output_dir::{JOURNAL_NAME, OutputDir, TEMPORARY_PREFIX, TEMPORARY_SUFFIX, sync_directory};
 use super::side::{self, SideFile};
-use crate::plan::shards::OutputLayout;
-
-/// Final name of the index.
-pub(super) const INDEX_NAME: &str = "model.safetensors.index.json";
+use crate::plan::shards::{INDEX_NAME, OutputLayout, TensorSpec};
 
 /// Shards kept open at once. A thousand shards must not need a thousand descriptors.
 pub(super) const MAX_OPEN: usize = 16;
@@ -58,7 +58,7 @@ pub struct WrittenFile {
 /// Writes a checkpoint of a given layout into a claimed directory.
 ///
 /// Any thread may write any part of any tensor in any order. Dropped without
-/// [`CheckpointWriter::finish`], it removes all that it made.
+/// [`CheckpointWriter::finish`], it removes all that it made, unless [`CheckpointWriter::keep_unfinished`] was called.
 #[derive(Debug)]
 pub struct CheckpointWriter {
     dir: OutputDir,
@@ -71,6 +71,13 @@ pub struct CheckpointWriter {
     bytes_written: AtomicU64,
     /// Every path of ours in the directory, temporary or final; emptied once they are to stay.
     made: Mutex<Vec<PathBuf>>,
+    /// Tensors that an earlier run has written.
+    resumed: Vec<bool>,
+    journal: Mutex<Option<Journal>>,
+    /// What the journal is to say as soon as the tensors are on disk.
+    pending: Mutex<Vec<(usize, serde_json::Value)>>,
+    /// Leave what another run can continue.
+    keep: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -105,33 +112,49 @@ impl CheckpointWriter {
         layout: Arc<OutputLayout>,
         most_open: usize,
     ) -> Result<Self, WriteError> {
-        let need = layout.file_bytes().saturating_add(SPARE_BYTES);
-        if let Some(have) = free_bytes(dir.path())
-            && have < need
-        {
-            return Err(WriteError::NoSpace {
-                path: dir.shown().to_owned(),
-                need,
-                have: Some(have),
-                source: None,
-            });
-        }
         let mut writer = Self {
             dir,
             coverage: Mutex::new(Coverage::new(&layout)),
             shards: Vec::with_capacity(layout.shards().len()),
+            resumed: vec![false; layout.specs().len()],
             layout: Arc::clone(&layout),
             open: Mutex::default(),
             most_open,
             bytes_written: AtomicU64::new(0),
             made: Mutex::default(),
+            journal: Mutex::default(),
+            pending: Mutex::default(),
+            keep: AtomicBool::new(false),
         };
+        // Nothing is taken from a directory whose journal belongs to another run: that is settled before.
+        let found = if writer.dir.unfinished() { writer.gather()? } else { HashMap::new() };
+        let allocated: u64 = found.values().map(|(_, metadata)| metadata.blocks() * 512).sum();
+        let need = layout.file_bytes().saturating_sub(allocated).saturating_add(SPARE_BYTES);
+        if let Some(have) = free_bytes(writer.dir.path())
+            && have < need
+        {
+            writer.keep.store(writer.dir.unfinished(), Ordering::Relaxed);
+            return Err(WriteError::NoSpace {
+                path: writer.dir.shown().to_owned(),
+                need,
+                have: Some(have),
+                source: None,
+            });
+        }
+        writer.keep.store(writer.dir.unfinished(), Ordering::Relaxed);
+        let mut found = found;
         let mut left = layout.file_bytes();
         for (number, shard) in layout.shards().iter().enumerate() {
-            let (temporary, file) = side::create_temporary(writer.dir.path(), &shard.file_name)?;
+            let (temporary, file) = match found.remove(&number) {
+                Some((file, _)) => (writer.dir.path().join(side::temporary_name(&shard.file_name)), file),
+                None => side::create_temporary(writer.dir.path(), &shard.file_name)?,
+            };
             lock(&writer.made).push(temporary.clone());
+            fault::point("shard.reserve")
+                .map_err(|source| WriteError::writing(&temporary, "reserve space", left, source))?;
             reserve(&temporary, &file, shard.file_bytes, left)?;
-            file.write_all_at(&shard.header, 0)
+            fault::point("shard.header")
+                .and_then(|()| file.write_all_at(&shard.header, 0))
                 .map_err(|source| WriteError::writing(&temporary, "write the header", left, source))?;
             let metadata = file.metadata().map_err(|source| WriteError::Io {
                 path: temporary.clone(),
@@ -149,6 +172,186 @@ impl CheckpointWriter {
             left -= shard.file_bytes;
         }
         Ok(writer)
+    }
+
+    /// Brings a directory that a run left half-way, half-published even, back to temporary names alone, and gives the
+    /// shards that are there.
+    fn gather(&self) -> Result<HashMap<usize, (File, fs::Metadata)>, WriteError> {
+        let directory = self.path();
+        let refuse = |doing| move |source| WriteError::Io { path: directory.to_owned(), doing, source };
+        // What says that the checkpoint is complete goes first, then what a new run makes anew.
+        let mut anew: Vec<PathBuf> = vec![directory.join(INDEX_NAME)];
+        let mut finals = HashMap::new();
+        for (number, shard) in self.layout.shards().iter().enumerate() {
+            finals.insert(shard.file_name.clone(), number);
+            finals.insert(side::temporary_name(&shard.file_name), number);
+        }
+        for entry in fs::read_dir(directory).map_err(refuse("list the output directory"))? {
+            let entry = entry.map_err(refuse("list the output directory"))?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name != super::output_dir::LOCK_NAME && name != JOURNAL_NAME && !finals.contains_key(&name) {
+                anew.push(entry.path());
+            }
+        }
+        for path in anew {
+            match fs::remove_file(&path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(WriteError::Io { path, doing: "remove a file of the run before", source });
+                }
+                _ => {}
+            }
+        }
+        let mut found = HashMap::new();
+        for (number, shard) in self.layout.shards().iter().enumerate() {
+            let published = directory.join(&shard.file_name);
+            let temporary = directory.join(side::temporary_name(&shard.file_name));
+            let regular = |path: &Path| fs::symlink_metadata(path).is_ok_and(|m| m.is_file());
+            if regular(&published) && !temporary.exists() {
+                fs::rename(&published, &temporary).map_err(|source| WriteError::Io {
+                    path: published.clone(),
+                    doing: "take back the name of a shard of the run before",
+                    source,
+                })?;
+            }
+            let opened = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32)
+                .open(&temporary)
+                .and_then(|file| Ok((file.metadata()?, file)));
+            match opened {
+                Ok((metadata, file)) if metadata.is_file() && metadata.len() <= shard.file_bytes => {
+                    found.insert(number, (file, metadata));
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                _ => {
+                    tracing::warn!(file = %temporary.display(), "not this run's shard: written anew");
+                    fs::remove_file(&temporary).map_err(|source| WriteError::Io {
+                        path: temporary.clone(),
+                        doing: "remove a file of the run before",
+                        source,
+                    })?;
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Takes over the tensors of an earlier run's journal whose bytes are still what it says; all others are left to be
+    /// written. Gives the records that hold, in order. Reads every tensor that is taken over, once.
+    ///
+    /// # Errors
+    /// [`WriteError::Io`] if a shard cannot be read.
+    pub fn take_over(&mut self, records: Vec<Record>) -> Result<Vec<Record>, WriteError> {
+        let mut held = Vec::with_capacity(records.len());
+        let mut scratch = Vec::new();
+        for record in records {
+            let Some(spec) = self.layout.specs().get(record.tensor) else { continue };
+            if spec.name != record.name || self.resumed[record.tensor] {
+                continue;
+            }
+            let checksum = self.read_checksum(record.tensor, &mut scratch)?;
+            if Checksum::parse(&record.checksum) != Some(checksum) {
+                let name = crate::read::escaped(&record.name);
+                tracing::warn!("tensor `{name}`: its bytes are not what the journal says; merging it again");
+                continue;
+            }
+            self.resumed[record.tensor] = true;
+            lock(&self.coverage).set_complete(record.tensor, checksum);
+            held.push(record);
+        }
+        Ok(held)
+    }
+
+    /// Whether an earlier run has written this tensor.
+    pub fn resumed(&self, tensor: usize) -> bool {
+        self.resumed.get(tensor).copied().unwrap_or(false)
+    }
+
+    /// Keeps a journal from now on: a new one of the run `key`, or the one that is given.
+    ///
+    /// # Errors
+    /// As for [`Journal::create`].
+    pub fn start_journal(&self, key: RunKey, journal: Option<Journal>) -> Result<(), WriteError> {
+        let journal = match journal {
+            Some(journal) => journal,
+            None => Journal::create(self.path(), key)?,
+        };
+        lock(&self.made).push(self.path().join(JOURNAL_NAME));
+        *lock(&self.journal) = Some(journal);
+        Ok(())
+    }
+
+    /// From now on a drop leaves temporary files and journal, for another run to continue. Without a journal it changes
+    /// nothing.
+    pub fn keep_unfinished(&self) {
+        if lock(&self.journal).is_some() {
+            self.keep.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Takes note that `tensor` is done, with what a run that continues wants to know of it. It enters the journal with the
+    /// next [`CheckpointWriter::commit`] that finds all its bytes written.
+    pub fn record(&self, tensor: usize, done: serde_json::Value) {
+        lock(&self.pending).push((tensor, done));
+    }
+
+    /// Makes the tensors that are recorded and complete durable, then enters them in the journal. Gives their number.
+    /// Other threads may write meanwhile; one commit runs at a time.
+    ///
+    /// # Errors
+    /// [`WriteError::NoSpace`], [`WriteError::Io`]: nothing of this commit counts then. [`WriteError::NotDurable`] after a
+    /// sync that failed.
+    pub fn commit(&self) -> Result<usize, WriteError> {
+        let mut journal = lock(&self.journal);
+        let Some(journal) = journal.as_mut() else { return Ok(0) };
+        let ready: Vec<(usize, serde_json::Value)> = {
+            let coverage = lock(&self.coverage);
+            lock(&self.pending).extract_if(.., |(tensor, _)| coverage.complete[*tensor]).collect()
+        };
+        let shards: std::collections::BTreeSet<usize> =
+            ready.iter().filter_map(|(tensor, _)| Some(self.layout.locate(*tensor)?.0)).collect();
+        for number in shards {
+            self.sync_shard(number)?;
+        }
+        let mut records = Vec::with_capacity(ready.len());
+        for (tensor, done) in ready {
+            let checksum = self.checksum(tensor)?.to_string();
+            let name = self.layout.specs()[tensor].name.clone();
+            records.push(Record { tensor, name, checksum, done });
+        }
+        if !records.is_empty() {
+            journal.append(&records)?;
+        }
+        Ok(records.len())
+    }
+
+    /// The checksum of a complete tensor: as it was written, or read back where that is not known.
+    ///
+    /// # Errors
+    /// [`WriteError::Io`] if it has to be read and cannot be.
+    pub fn checksum(&self, tensor: usize) -> Result<Checksum, WriteError> {
+        let known = lock(&self.coverage).checksums[tensor];
+        match known {
+            Some(checksum) => Ok(checksum),
+            None => self.read_checksum(tensor, &mut Vec::new()),
+        }
+    }
+
+    fn read_checksum(&self, tensor: usize, scratch: &mut Vec<u8>) -> Result<Checksum, WriteError> {
+        let spec = &self.layout.specs()[tensor];
+        let (number, start) = self.layout.locate(tensor).unwrap_or_default();
+        let file = self.file(number)?;
+        Checksum::of_bytes(spec, |range, take| {
+            scratch.resize((range.end - range.start) as usize, 0);
+            file.read_exact_at(scratch, start + range.start).map_err(|source| WriteError::Io {
+                path: self.shards[number].temporary.clone(),
+                doing: "read a tensor back",
+                source,
+            })?;
+            take(scratch);
+            Ok(())
+        })
     }
 
     /// The layout that it writes.
@@ -203,13 +406,17 @@ impl CheckpointWriter {
         let file = self.file(number)?;
         // A later sync has to look again. A failed sync stays failed.
         let _ = shard.durable.compare_exchange(SYNCED, NOT_SYNCED, Ordering::AcqRel, Ordering::Acquire);
+        // Hashed first: then the copy into the page cache finds the bytes in this core's.
+        let hashed = Hashed::new(offset, bytes, spec.bytes);
         // Repeats short and interrupted writes.
-        file.write_all_at(bytes, start + offset).map_err(|source| {
-            let need = self.layout.tensor_bytes().saturating_sub(self.bytes_written());
-            WriteError::writing(&shard.temporary, "write", need, source)
-        })?;
+        fault::point("shard.write").and_then(|()| file.write_all_at(bytes, start + offset)).map_err(
+            |source| {
+                let need = self.layout.tensor_bytes().saturating_sub(self.bytes_written());
+                WriteError::writing(&shard.temporary, "write", need, source)
+            },
+        )?;
         self.bytes_written.fetch_add(length, Ordering::Relaxed);
-        lock(&self.coverage).add(tensor, offset..end, spec.bytes);
+        lock(&self.coverage).add(tensor, offset..end, spec, &hashed);
         if shard.dirty.fetch_add(length, Ordering::Relaxed) + length >= WRITE_BACK_BYTES {
             shard.dirty.store(0, Ordering::Relaxed);
             // On Linux this starts writing the file's dirty pages without waiting, and drops clean ones.
@@ -244,25 +451,27 @@ impl CheckpointWriter {
     pub fn sync(&self) -> Result<(), WriteError> {
         lock(&self.coverage).check_complete(&self.layout)?;
         for (number, shard) in self.shards.iter().enumerate() {
-            match shard.durable.load(Ordering::Acquire) {
-                SYNCED => continue,
-                SYNC_FAILED => {
-                    return Err(WriteError::NotDurable { path: shard.temporary.clone() });
-                }
-                _ => {}
-            }
-            let file = self.file(number)?;
-            match file.sync_data() {
-                Ok(()) => shard.durable.store(SYNCED, Ordering::Release),
-                Err(source) => {
-                    // The kernel forgets a failed page once it has told us: a second fsync may lie.
-                    shard.durable.store(SYNC_FAILED, Ordering::Release);
-                    let need = self.layout.shards()[number].file_bytes;
-                    return Err(WriteError::writing(&shard.temporary, "fsync", need, source));
-                }
+            if shard.durable.load(Ordering::Acquire) != SYNCED {
+                self.sync_shard(number)?;
+                shard.durable.store(SYNCED, Ordering::Release);
             }
         }
         Ok(())
+    }
+
+    /// Waits until what was written to a shard before the call is on disk.
+    fn sync_shard(&self, number: usize) -> Result<(), WriteError> {
+        let shard = &self.shards[number];
+        if shard.durable.load(Ordering::Acquire) == SYNC_FAILED {
+            return Err(WriteError::NotDurable { path: shard.temporary.clone() });
+        }
+        let file = self.file(number)?;
+        fault::point("shard.fsync").and_then(|()| file.sync_data()).map_err(|source| {
+            // The kernel forgets a failed page once it has told us: a second fsync may lie.
+            shard.durable.store(SYNC_FAILED, Ordering::Release);
+            let need = self.layout.shards()[number].file_bytes;
+            WriteError::writing(&shard.temporary, "fsync", need, source)
+        })
     }
 
     /// Publishes the checkpoint: `before_index` (config, tokenizer, model card, …), the shards, the
@@ -308,6 +517,10 @@ impl CheckpointWriter {
             }
         }
         lock(&self.made).clear();
+        if lock(&self.journal).take().is_some() {
+            // Complete without it: a name that stays is in nobody's way.
+            let _ = fs::remove_file(self.path().join(JOURNAL_NAME));
+        }
         self.dir.keep();
         let files: Vec<WrittenFile> = (self.layout.shards().iter())
             .map(|shard| WrittenFile { name: shard.file_name.clone(), bytes: shard.file_bytes })
@@ -324,7 +537,7 @@ impl CheckpointWriter {
 
     fn check_side_name(&self, name: &str) -> Result<(), WriteError> {
         side::check_name(name)?;
-        if name == INDEX_NAME || self.layout.shards().iter().any(|shard| shard.file_name == name) {
+        if self.layout.owns(name) {
             return Err(WriteError::BadSideName { name: name.to_owned(), why: "it is the checkpoint's own" });
         }
         Ok(())
@@ -348,6 +561,7 @@ impl CheckpointWriter {
         let shard = &self.shards[number];
         let replaced = || WriteError::TemporaryReplaced { path: shard.temporary.clone() };
         let opened = OpenOptions::new()
+            .read(true)
             .write(true)
             .custom_flags(OFlags::NOFOLLOW.bits() as i32)
             .open(&shard.temporary)
@@ -383,8 +597,27 @@ impl CheckpointWriter {
 impl Drop for CheckpointWriter {
     fn drop(&mut self) {
         // Backwards, so that the record and the index go before what they vouch for.
-        for path in lock(&self.made).drain(..).rev() {
-            let _ = fs::remove_file(path);
+        let made: Vec<PathBuf> = lock(&self.made).drain(..).rev().collect();
+        if !self.keep.load(Ordering::Relaxed) {
+            for path in made {
+                let _ = fs::remove_file(path);
+            }
+            return;
+        }
+        // Only shards and journal stay, the shards under names that promise nothing.
+        for path in made {
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            let shard_name =
+                name.strip_prefix(TEMPORARY_PREFIX).and_then(|n| n.strip_suffix(TEMPORARY_SUFFIX));
+            let is_shard = |name: &str| self.layout.shards().iter().any(|shard| shard.file_name == name);
+            if name == JOURNAL_NAME || shard_name.is_some_and(is_shard) {
+                continue;
+            }
+            let _ = if is_shard(&name) {
+                fs::rename(&path, self.path().join(side::temporary_name(&name)))
+            } else {
+                fs::remove_file(&path)
+            };
         }
         // `dir` is dropped next: it unlocks and removes the directory if we made it.
     }
@@ -414,28 +647,45 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Coverage {
     complete: Vec<bool>,
     /// Of the tensors begun and not complete: what is written, sorted, without overlaps or touching
-    /// ends.
-    partial: HashMap<usize, Vec<Range<u64>>>,
+    /// ends; and what is known of its checksum.
+    partial: HashMap<usize, (Vec<Range<u64>>, Assembler)>,
+    /// Of complete tensors, unless something was written twice.
+    checksums: Vec<Option<Checksum>>,
 }
 
 impl Coverage {
     fn new(layout: &OutputLayout) -> Self {
+        let empty = |spec: &TensorSpec| if spec.bytes == 0 { Assembler::new(0).finish(spec) } else { None };
         Self {
             complete: layout.specs().iter().map(|spec| spec.bytes == 0).collect(),
             partial: HashMap::new(),
+            checksums: layout.specs().iter().map(empty).collect(),
         }
     }
 
-    fn add(&mut self, tensor: usize, piece: Range<u64>, bytes: u64) {
+    fn add(&mut self, tensor: usize, piece: Range<u64>, spec: &TensorSpec, hashed: &Hashed<'_>) {
         if self.complete[tensor] {
+            self.checksums[tensor] = None;
             return;
         }
-        let pieces = self.partial.entry(tensor).or_default();
+        let (pieces, assembler) =
+            self.partial.entry(tensor).or_insert_with(|| (Vec::new(), Assembler::new(spec.bytes)));
         insert(pieces, piece);
-        if matches!(pieces.as_slice(), [all] if *all == (0..bytes)) {
-            self.complete[tensor] = true;
-            self.partial.remove(&tensor);
+        assembler.add(hashed, spec.bytes);
+        if matches!(pieces.as_slice(), [all] if *all == (0..spec.bytes)) {
+            self.checksums[tensor] = assembler.finish(spec);
+            self.set_complete_at(tensor);
         }
+    }
+
+    fn set_complete(&mut self, tensor: usize, checksum: Checksum) {
+        self.checksums[tensor] = Some(checksum);
+        self.set_complete_at(tensor);
+    }
+
+    fn set_complete_at(&mut self, tensor: usize) {
+        self.complete[tensor] = true;
+        self.partial.remove(&tensor);
     }
 
     fn check_complete(&self, layout: &OutputLayout) -> Result<(), WriteError> {
@@ -445,7 +695,7 @@ impl Coverage {
         };
         let spec = &layout.specs()[tensor];
         let written =
-            self.partial.get(&tensor).map_or(0, |pieces| pieces.iter().map(|p| p.end - p.start).sum());
+            self.partial.get(&tensor).map_or(0, |(pieces, _)| pieces.iter().map(|p| p.end - p.start).sum());
         Err(WriteError::Incomplete {
             tensor: spec.name.clone(),
             written,

@@ -11,7 +11,10 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::error::WriteError;
+use super::fault;
 use super::output_dir::{TEMPORARY_PREFIX, TEMPORARY_SUFFIX};
+use crate::plan::shards::INDEX_NAME;
+use crate::report::REPORT_FILE;
 
 /// A file of the base model longer than this is not taken for a side file.
 const MAX_COPY_BYTES: u64 = 256 << 20;
@@ -218,7 +221,8 @@ pub(super) fn temporary_name(name: &str) -> String {
 /// Makes a new temporary file for the final name `name`; its mode is 0666 cut by the umask.
 pub(super) fn create_temporary(directory: &Path, name: &str) -> Result<(PathBuf, File), WriteError> {
     let path = directory.join(temporary_name(name));
-    let created = OpenOptions::new().write(true).create_new(true).mode(0o666).open(&path);
+    let created = fault::point("temporary.create")
+        .and_then(|()| OpenOptions::new().read(true).write(true).create_new(true).mode(0o666).open(&path));
     match created {
         Ok(file) => Ok((path, file)),
         Err(source) => Err(WriteError::writing(&path, "create a temporary file", 4096, source)),
@@ -230,7 +234,9 @@ pub(super) fn create_temporary(directory: &Path, name: &str) -> Result<(PathBuf,
 pub(super) fn stage(directory: &Path, side: &SideFile) -> Result<PathBuf, WriteError> {
     let (path, file) = create_temporary(directory, &side.name)?;
     let staged = fill(&path, &file, side).and_then(|()| {
-        file.sync_all().map_err(|source| WriteError::writing(&path, "fsync", side.bytes(), source))
+        fault::point("side.fsync")
+            .and_then(|()| file.sync_all())
+            .map_err(|source| WriteError::writing(&path, "fsync", side.bytes(), source))
     });
     match staged {
         Ok(()) => Ok(path),
@@ -244,7 +250,9 @@ pub(super) fn stage(directory: &Path, side: &SideFile) -> Result<PathBuf, WriteE
 fn fill(path: &Path, mut file: &File, side: &SideFile) -> Result<(), WriteError> {
     let refuse = |source| WriteError::writing(path, "write", side.bytes(), source);
     let (from, expected) = match &side.content {
-        SideContent::Bytes(bytes) => return file.write_all(bytes).map_err(refuse),
+        SideContent::Bytes(bytes) => {
+            return fault::point("side.write").and_then(|()| file.write_all(bytes)).map_err(refuse);
+        }
         SideContent::Copy { from, bytes } => (from, *bytes),
     };
     let unreadable = |doing| move |source| WriteError::Io { path: from.clone(), doing, source };
@@ -285,7 +293,13 @@ pub(super) fn rename_free(temporary: &Path, name: &Path) -> Result<(), WriteErro
             return Err(WriteError::Io { path: name.to_owned(), doing: "look at a final name", source });
         }
     }
-    fs::rename(temporary, name).map_err(|source| {
+    let step = match name.file_name().and_then(|name| name.to_str()) {
+        Some(REPORT_FILE) => "rename.report",
+        Some(INDEX_NAME) => "rename.index",
+        Some(name) if name.ends_with(".safetensors") => "rename.shard",
+        _ => "rename.side",
+    };
+    fault::point(step).and_then(|()| fs::rename(temporary, name)).map_err(|source| {
         WriteError::writing(name, "rename a temporary file to its final name", 4096, source)
     })
 }

@@ -93,7 +93,7 @@ impl SweepDir {
             before_index.iter().chain([&last]).map(|file| file.name.clone()).collect();
         let WrittenCheckpoint { directory, files: shards, .. } = writer.finish(before_index, last)?;
         if shards.len() > 1 {
-            files.insert(super::shard::INDEX_NAME.to_owned());
+            files.insert(crate::plan::shards::INDEX_NAME.to_owned());
         }
         files.extend(shards.into_iter().map(|file| file.name));
         self.made.push(Made { path: directory, name: name.to_owned(), files });

@@ -69,7 +69,7 @@ fn what_a_method_cannot_do_without() {
 }
 
 #[test]
-fn yaml_that_is_hostile() {
+fn b27_yaml_that_is_hostile() {
     let scratch = ready();
     let bomb: String = std::iter::once("a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned())
         .chain((1..12).map(|k| {

@@ -4,6 +4,7 @@
 //! output directory, no panic; what is hostile but legal must come out right.
 
 mod checkpoints;
+mod files;
 mod index;
 mod limits;
 mod output;

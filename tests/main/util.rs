@@ -84,9 +84,20 @@ impl Scratch {
 
     /// Runs the binary in this directory.
     pub fn run(&self, args: &[&str]) -> Output {
+        self.run_command(self.command(args), args)
+    }
+
+    /// Runs the binary with further environment variables.
+    pub fn run_with(&self, args: &[&str], variables: &[(&str, &str)]) -> Output {
+        let mut command = self.command(args);
+        command.envs(variables.iter().copied());
+        self.run_command(command, args)
+    }
+
+    /// Runs a command that ends in the binary; `args` are for the log.
+    pub fn run_command(&self, mut command: Command, args: &[&str]) -> Output {
         let started = Instant::now();
-        let mut child = self
-            .command(args)
+        let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -110,6 +121,14 @@ impl Scratch {
         let mut command = Command::new(BINARY);
         command.args(args).current_dir(self.path()).env_remove("RUST_LOG").env_remove("RUST_BACKTRACE");
         command
+    }
+
+    /// The binary behind `sh -c`, after `prelude`: for limits that a shell sets.
+    pub fn run_after(&self, prelude: &str, args: &[&str]) -> Output {
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(format!("{prelude}; exec \"$0\" \"$@\"")).arg(BINARY).args(args);
+        command.current_dir(self.path()).env_remove("RUST_LOG").env_remove("RUST_BACKTRACE");
+        self.run_command(command, args)
     }
 
     /// Adds a run to what is printed when the test fails.

@@ -47,8 +47,13 @@ fn solved(steps: usize) -> ParameterReport {
 }
 
 fn run(parameters: impl IntoIterator<Item = (String, ParameterReport)>) -> RunReport {
-    let file =
-        |name: &str| InputFileRecord { name: name.into(), bytes: 1000, mtime_ns: 0, header_hash: None };
+    let file = |name: &str| InputFileRecord {
+        name: name.into(),
+        bytes: 1000,
+        mtime_ns: 0,
+        header_hash: None,
+        location: None,
+    };
     RunReport {
         version: "0.1.0".into(),
         config_hash: "c0ffee".into(),

@@ -126,7 +126,7 @@ fn a_plan_reads_no_data() {
 }
 
 #[test]
-fn a_tensor_larger_than_the_budget_streams() {
+fn b31_a_tensor_larger_than_the_budget_streams() {
     let mut random = Random::new(72);
     let scratch = Scratch::new();
     // 24 MiB in f32, averaged: any budget of a few MiB above the floor will do.
