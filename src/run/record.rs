@@ -163,6 +163,7 @@ fn parameter(planned: &BlockPlan, block: &BlockReport) -> ParameterReport {
         seconds: block.seconds,
         bytes_read: block.bytes_read,
         note: planned.unmatched.clone(),
+        passes: (planned.passes > 1).then_some(planned.passes),
         ..ParameterReport::default()
     };
     let Action::Merge { recipe, .. } = &planned.action else {
