@@ -7,6 +7,7 @@ mod adapters;
 mod algebra;
 mod cli;
 mod config;
+mod elementwise;
 mod hostile;
 mod outputs;
 mod report;
