@@ -405,7 +405,7 @@ fn what_does_not_fit_is_refused() {
             &[""],
             &["at least 2 models beside the base (got 1)"],
         ),
-        ("merge_method: passthrough", &["", ""], &["merges 1 model, the base included (got 2)"]),
+        ("merge_method: passthrough", &["", ""], &["`passthrough` copies one model (got 2)"]),
         (
             "merge_method: ties\nbase_model: base",
             &["weight: 1, denstiy: 1"],
