@@ -470,7 +470,6 @@ mod tests {
             "merge c.yml --out d --threads=-1",
             "merge c.yml --out d --io direct",
             "merge c.yml --out d --seed x",
-            "merge c.yml --out d --resume",
             "diff a b --tolerance nan",
             "diff a b --tolerance=-1",
             "diff a",

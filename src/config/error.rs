@@ -74,17 +74,6 @@ pub enum ConfigError {
         nearest: Option<&'static str>,
     },
 
-    /// A word of mergekit's or of a later version.
-    #[error("{}:{line}: {key}: {} is not supported in this version{instead}", Shown(path), Quoted(value))]
-    Unsupported {
-        path: PathBuf,
-        line: usize,
-        key: String,
-        value: String,
-        /// What to do instead, as `; list whole models under `models``; may be empty.
-        instead: &'static str,
-    },
-
     /// A scalar where a list belongs, text where a number belongs.
     #[error("{}:{line}: {key}: expected {expected}, got {found}", Shown(path))]
     WrongType { path: PathBuf, line: usize, key: String, found: String, expected: &'static str },

@@ -184,6 +184,17 @@ impl<'n> Field<'n> {
         }
     }
 
+    /// One of `words`; `True` and `FALSE` are `true` and `false`.
+    pub fn one_of(&self, words: &'static [&'static str]) -> Result<&'static str, ConfigError> {
+        let word = self.text("a word")?;
+        let spelt = match word {
+            "True" | "TRUE" => "true",
+            "False" | "FALSE" => "false",
+            word => word,
+        };
+        words.iter().find(|known| **known == spelt).copied().ok_or_else(|| self.unknown_word(word, words))
+    }
+
     /// As [`Field::unknown_value`], of words that are no enum's.
     pub fn unknown_word(&self, word: &str, expected: &[&'static str]) -> ConfigError {
         ConfigError::UnknownValue {
@@ -193,16 +204,6 @@ impl<'n> Field<'n> {
             value: word.to_owned(),
             nearest: nearest(word, expected),
             expected: expected.to_vec(),
-        }
-    }
-
-    pub fn unsupported(&self, value: &str, instead: &'static str) -> ConfigError {
-        ConfigError::Unsupported {
-            path: self.path.to_owned(),
-            line: self.value_line(),
-            key: self.key.clone(),
-            value: value.to_owned(),
-            instead,
         }
     }
 

@@ -23,8 +23,10 @@ mod tests;
 
 use std::path::Path;
 
+use crate::merge::elementwise::Definition;
+
 pub use error::ConfigError;
-pub use parameters::Parameters;
+pub use parameters::{ParameterKind, ParameterSpec, Parameters, Range};
 pub use schema::{
     DeltaScale, Initial, MergeConfig, Method, ModelEntry, ModelPath, OutDtype, PCG_RIDGE, PreconditionerKind,
     Round, Section, SolverConfig, SolverMethod, StopConfig, Subspace, TASK_VECTOR_RIDGE, Unmatched,
@@ -41,8 +43,16 @@ impl MergeConfig {
     /// The first problem in the order: the file, the YAML, unknown keys, the method, the models, the round
     /// (outermost first). Each error names file, line, key path and value.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        Self::load_with(path, &[])
+    }
+
+    /// As [`MergeConfig::load`], with further elementwise methods that `merge_method` may name.
+    ///
+    /// # Errors
+    /// As [`MergeConfig::load`].
+    pub fn load_with(path: &Path, methods: &[&'static Definition]) -> Result<Self, ConfigError> {
         let text = yaml::read_text(path)?;
-        Self::parse(path, text)
+        Self::parse_with(path, text, methods)
     }
 
     /// As [`MergeConfig::load`], of a text in hand; `path` names it in errors and its directory is what
@@ -51,10 +61,14 @@ impl MergeConfig {
     /// # Errors
     /// As [`MergeConfig::load`]; a text longer than a config file may be is refused too.
     pub fn parse(path: &Path, text: String) -> Result<Self, ConfigError> {
+        Self::parse_with(path, text, &[])
+    }
+
+    fn parse_with(path: &Path, text: String, methods: &[&'static Definition]) -> Result<Self, ConfigError> {
         if text.len() > yaml::MAX_BYTES {
             return Err(ConfigError::TooLarge { path: path.to_owned() });
         }
         let root = yaml::parse(path, &text)?;
-        parse::config(path, text, root.as_ref())
+        parse::config(path, text, root.as_ref(), methods)
     }
 }

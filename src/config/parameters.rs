@@ -22,6 +22,8 @@ pub(super) struct Parameter {
 pub(super) enum ParameterValue {
     Number(Vec<Rule<f64>>),
     Boolean(Vec<Rule<bool>>),
+    /// Each one of the words of the parameter's list.
+    Word(Vec<Rule<&'static str>>),
 }
 
 /// One `{filter, value}`; a value outside a list is a single rule without a filter.
@@ -39,7 +41,7 @@ impl Parameters {
     pub fn number(&self, name: &str, tensor: &str, t: f64) -> Option<f64> {
         match &self.entries.get(name)?.value {
             ParameterValue::Number(rules) => first_match(rules, tensor).map(|points| interpolate(points, t)),
-            ParameterValue::Boolean(_) => None,
+            ParameterValue::Boolean(_) | ParameterValue::Word(_) => None,
         }
     }
 
@@ -50,7 +52,18 @@ impl Parameters {
                 let points = first_match(rules, tensor)?;
                 points.get(position(points.len(), t).0).copied()
             }
-            ParameterValue::Number(_) => None,
+            ParameterValue::Number(_) | ParameterValue::Word(_) => None,
+        }
+    }
+
+    /// As [`Parameters::boolean`], of a parameter that takes one of several words.
+    pub fn word(&self, name: &str, tensor: &str, t: f64) -> Option<&'static str> {
+        match &self.entries.get(name)?.value {
+            ParameterValue::Word(rules) => {
+                let points = first_match(rules, tensor)?;
+                points.get(position(points.len(), t).0).copied()
+            }
+            ParameterValue::Number(_) | ParameterValue::Boolean(_) => None,
         }
     }
 
@@ -73,7 +86,7 @@ impl Parameters {
     pub fn uniform_number(&self, name: &str) -> Option<f64> {
         match &self.entries.get(name)?.value {
             ParameterValue::Number(rules) => uniform(rules),
-            ParameterValue::Boolean(_) => None,
+            ParameterValue::Boolean(_) | ParameterValue::Word(_) => None,
         }
     }
 
@@ -81,7 +94,7 @@ impl Parameters {
     pub fn uniform_boolean(&self, name: &str) -> Option<bool> {
         match &self.entries.get(name)?.value {
             ParameterValue::Boolean(rules) => uniform(rules),
-            ParameterValue::Number(_) => None,
+            ParameterValue::Number(_) | ParameterValue::Word(_) => None,
         }
     }
 
@@ -120,6 +133,7 @@ impl Parameters {
             match &parameter.value {
                 ParameterValue::Number(rules) => write_rules(out, rules),
                 ParameterValue::Boolean(rules) => write_rules(out, rules),
+                ParameterValue::Word(rules) => write_rules(out, rules),
             }
             out.push('\n');
         }
@@ -168,43 +182,69 @@ fn interpolate(points: &[f64], t: f64) -> f64 {
 }
 
 /// A name that some method's `parameters` may hold.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct ParameterSpec {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ParameterSpec {
+    /// As the config writes it.
     pub name: &'static str,
+    /// What its values are.
     pub kind: ParameterKind,
     /// Whether a model may give its own value.
     pub per_model: bool,
+    /// Whether it has no default.
+    pub required: bool,
 }
 
-#[derive(Debug, Clone, Copy)]
-pub(super) enum ParameterKind {
+/// What the values of a parameter are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ParameterKind {
+    /// Numbers; a list of them is a gradient over the layers.
     Number(Range),
+    /// `true` or `false`; a list picks by layer.
     Boolean,
+    /// One of these words, `true` and `false` among them or not; a list picks by layer.
+    Word(&'static [&'static str]),
 }
 
 /// Which finite numbers are accepted. Every range is convex, so a gradient stays inside it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Range {
+pub enum Range {
+    /// All of them.
     Any,
+    /// 0 and more.
     NonNegative,
+    /// 0 to 1.
     Unit,
 }
 
 impl ParameterSpec {
+    /// A number for all models, with a default.
     pub const fn number(name: &'static str, range: Range) -> Self {
-        Self { name, kind: ParameterKind::Number(range), per_model: false }
+        Self { name, kind: ParameterKind::Number(range), per_model: false, required: false }
     }
 
+    /// `true` or `false` for all models, with a default.
     pub const fn boolean(name: &'static str) -> Self {
-        Self { name, kind: ParameterKind::Boolean, per_model: false }
+        Self { name, kind: ParameterKind::Boolean, per_model: false, required: false }
     }
 
+    /// One of some words for all models, with a default.
+    pub const fn word(name: &'static str, words: &'static [&'static str]) -> Self {
+        Self { name, kind: ParameterKind::Word(words), per_model: false, required: false }
+    }
+
+    /// The same, which a model may give its own value of.
     pub const fn per_model(self) -> Self {
         Self { per_model: true, ..self }
+    }
+
+    /// The same without a default.
+    pub const fn required(self) -> Self {
+        Self { required: true, ..self }
     }
 }
 
 impl Range {
+    /// Whether a number is accepted.
     pub fn contains(self, number: f64) -> bool {
         number.is_finite()
             && match self {

@@ -16,6 +16,7 @@ use super::slices::{Part, parts};
 use super::sweep;
 use super::tokenizer::{chat_template, tokenizer};
 use super::yaml::{Node, Value, join};
+use crate::merge::elementwise::{BaseUse, Definition};
 
 /// Everything the top level may hold.
 const TOP_KEYS: &[&str] = &[
@@ -43,27 +44,6 @@ const SOLVER_KEYS: &[&str] = &["method", "preconditioner", "max_iterations", "to
 const STOP_KEYS: &[&str] = &["objective_decrease", "preconditioned_residual", "relative_residual", "seconds"];
 const RULE_KEYS: &[&str] = &["filter", "value"];
 
-/// mergekit's methods beyond those of [`Method`].
-const UNSUPPORTED_METHODS: &[&str] = &[
-    "slerp",
-    "nuslerp",
-    "multislerp",
-    "karcher",
-    "ties",
-    "dare_linear",
-    "dare_ties",
-    "della",
-    "della_linear",
-    "breadcrumbs",
-    "breadcrumbs_ties",
-    "sce",
-    "ram",
-    "ramplus_tl",
-    "model_stock",
-    "nearswap",
-    "arcee_fusion",
-];
-
 /// What every reference to a model is read with.
 pub(super) struct Models<'c> {
     /// What relative paths are relative to.
@@ -87,9 +67,16 @@ struct Shared<'s> {
     written: &'s [Option<Field<'s>>],
     /// `parameters` between a source's and the config's own: the slice's, the module's.
     levels: &'s [Field<'s>],
+    /// Methods that the caller brought.
+    extra: &'s [&'static Definition],
 }
 
-pub(super) fn config(path: &Path, text: String, root: Option<&Node>) -> Result<MergeConfig, ConfigError> {
+pub(super) fn config(
+    path: &Path,
+    text: String,
+    root: Option<&Node>,
+    extra: &[&'static Definition],
+) -> Result<MergeConfig, ConfigError> {
     let directory = match path.parent() {
         Some(parent) if parent != Path::new("") => parent.to_owned(),
         _ => PathBuf::from("."),
@@ -102,7 +89,7 @@ pub(super) fn config(path: &Path, text: String, root: Option<&Node>) -> Result<M
     check_top_keys(&top)?;
     // First of all, so that a mergekit config of another method hears that, and not about some detail of its
     // models.
-    method(&top)?;
+    method(&top, extra)?;
 
     let context = Models { directory: &directory, warnings: RefCell::default() };
     let base_model = top.field("base_model").map(|field| model_path(&field, &context)).transpose()?;
@@ -131,11 +118,12 @@ pub(super) fn config(path: &Path, text: String, root: Option<&Node>) -> Result<M
     if parts.is_empty() {
         let (models, written) = models(&top, &context)?;
         let base = config.base_model.as_ref();
-        let shared = Shared { context: &context, models: &models, base, written: &written, levels: &[] };
+        let shared =
+            Shared { context: &context, models: &models, base, written: &written, levels: &[], extra };
         config.round = shared.round(&top, None)?;
         config.models = models;
     } else {
-        sections(&mut config, parts, &top, &context)?;
+        sections(&mut config, parts, &top, &context, extra)?;
     }
     config.warnings = context.warnings.into_inner();
     if let Some(field) = top.field("sweep") {
@@ -143,7 +131,7 @@ pub(super) fn config(path: &Path, text: String, root: Option<&Node>) -> Result<M
             return Err(field
                 .not_allowed("goes over whole models; give it beside `models`, not `slices` or `modules`"));
         }
-        let variant = |text, root: &Node| self::config(path, text, Some(root));
+        let variant = |text, root: &Node| self::config(path, text, Some(root), extra);
         config.sweep = Some(sweep::sweep(&field, &top, &config, variant)?);
     }
     Ok(config)
@@ -156,10 +144,11 @@ fn sections(
     parts: Vec<Part<'_>>,
     top: &Scope<'_>,
     context: &Models<'_>,
+    extra: &[&'static Definition],
 ) -> Result<(), ConfigError> {
     // Without the text and the sections before: copying those for each section would be quadratic.
     let shell = MergeConfig { text: String::new(), ..config.clone() };
-    let needed = needs_base(top)?;
+    let needed = needs_base(top, extra)?;
     for mut part in parts {
         let base = part.base(top.path, config.base_model.as_ref(), needed)?;
         let shared = Shared {
@@ -168,6 +157,7 @@ fn sections(
             base: base.as_ref(),
             written: &part.written,
             levels: &part.levels,
+            extra,
         };
         let round = shared.round(top, None)?;
         for entry in &part.models {
@@ -186,13 +176,13 @@ fn sections(
 }
 
 /// Whether some round of the config cannot do without a base, or takes one where there is one.
-fn needs_base(scope: &Scope<'_>) -> Result<bool, ConfigError> {
-    let (method, _) = method(scope)?;
+fn needs_base(scope: &Scope<'_>, extra: &[&'static Definition]) -> Result<bool, ConfigError> {
+    let (method, _) = method(scope, extra)?;
     let is = |key: &str, word: &str| {
         scope.field(key).is_some_and(|field| field.text("a word").is_ok_and(|text| text == word))
     };
     let nested = match scope.field("initial") {
-        Some(field) if field.is_mapping() => needs_base(&field.scope("a nested config")?)?,
+        Some(field) if field.is_mapping() => needs_base(&field.scope("a nested config")?, extra)?,
         _ => false,
     };
     Ok(method.needs_base()
@@ -209,7 +199,7 @@ fn check_top_keys(top: &Scope<'_>) -> Result<(), ConfigError> {
 /// The place where a word that is no key of a round has a meaning.
 fn belongs(key: &str) -> Option<&'static str> {
     let is_parameter =
-        Method::WORDS.iter().any(|(_, method)| method.parameters().iter().any(|spec| spec.name == key));
+        Method::words(&[]).iter().any(|(_, method)| method.parameters().iter().any(|spec| spec.name == key));
     if is_parameter {
         Some("parameters")
     } else if SOLVER_KEYS.contains(&key) {
@@ -221,18 +211,19 @@ fn belongs(key: &str) -> Option<&'static str> {
     }
 }
 
-fn method(scope: &Scope<'_>) -> Result<(Method, usize), ConfigError> {
+fn method(scope: &Scope<'_>, extra: &[&'static Definition]) -> Result<(Method, usize), ConfigError> {
     let Some(field) = scope.field("merge_method") else {
         return Err(scope.missing("merge_method", "it says how to merge, as `mats` or `linear`"));
     };
     let word = field.text("a word")?;
-    if UNSUPPORTED_METHODS.contains(&word) {
-        return Err(field.unsupported(
-            word,
-            "; choose one of linear, task_arithmetic, fisher, regmean, wudi, actmat, mats",
-        ));
+    let words = Method::words(extra);
+    match words.iter().find(|(known, _)| *known == word) {
+        Some((_, method)) => Ok((*method, field.line)),
+        None => {
+            let known: Vec<_> = words.iter().map(|(known, _)| *known).collect();
+            Err(field.unknown_word(word, &known))
+        }
     }
-    Ok((field.word()?, field.line))
 }
 
 /// The models, and each one's `parameters` as written: their meaning depends on the round that reads them.
@@ -335,7 +326,7 @@ fn resolve(field: &Field<'_>, written: &str, directory: &Path) -> Result<PathBuf
 impl Shared<'_> {
     /// Reads a round; `outer` is the round that it starts, `None` at the top level.
     fn round(&self, scope: &Scope<'_>, outer: Option<Unmatched>) -> Result<Round, ConfigError> {
-        let (method, line) = method(scope)?;
+        let (method, line) = method(scope, self.extra)?;
         let subspace = self.subspace(scope, method)?;
         let parameters = match scope.field("parameters") {
             Some(field) => parameters(&field, method, false)?,
@@ -381,7 +372,72 @@ impl Shared<'_> {
             Round { method, subspace, initial, solver, unmatched, parameters, model_parameters, line };
         self.check_statistics(scope.path, &round)?;
         self.check_weights(scope, &round)?;
+        if let Method::Elementwise(definition) = method {
+            self.check_models(scope, &round, definition)?;
+        }
         Ok(round)
+    }
+
+    /// As many models as an elementwise method takes, and each one's parameters that have no default.
+    fn check_models(
+        &self,
+        scope: &Scope<'_>,
+        round: &Round,
+        definition: &Definition,
+    ) -> Result<(), ConfigError> {
+        let is_base = |model: &ModelEntry| self.base.is_some_and(|base| base.same(&model.model));
+        let listed = self.models.iter().filter(|model| is_base(model)).count();
+        let count = match definition.base {
+            BaseUse::Model => self.models.len() + usize::from(self.base.is_some() && listed == 0),
+            BaseUse::Required | BaseUse::Optional => self.models.len() - listed,
+        };
+        let (least, most) = definition.models;
+        if !(least..=most).contains(&count) {
+            let many = |n: usize| format!("{n} model{}", if n == 1 { "" } else { "s" });
+            let takes = match (least, most) {
+                (least, most) if least == most => many(least),
+                (least, usize::MAX) => format!("at least {}", many(least)),
+                (least, most) => format!("{least} to {}", many(most)),
+            };
+            let beside = match definition.base {
+                BaseUse::Model => ", the base included",
+                _ if self.base.is_some() => " beside the base",
+                _ => "",
+            };
+            return Err(ConfigError::NotAllowed {
+                path: scope.path.to_owned(),
+                line: round.line,
+                key: join(&scope.key, "merge_method"),
+                why: format!("`{}` merges {takes}{beside} (got {count})", definition.name),
+            });
+        }
+        for spec in definition.parameters.iter().filter(|spec| spec.required) {
+            if round.parameters.is_set(spec.name) {
+                continue;
+            }
+            let lacks = |(i, model): &(usize, &ModelEntry)| {
+                let skipped = definition.base != BaseUse::Model && is_base(model);
+                !skipped && !round.model_parameters.get(*i).is_some_and(|own| own.is_set(spec.name))
+            };
+            let lacking = match spec.per_model {
+                true => self
+                    .models
+                    .iter()
+                    .enumerate()
+                    .find(lacks)
+                    .map(|(i, model)| (model.line, format!("models[{i}].parameters.{}", spec.name))),
+                false => Some((round.line, join(&scope.key, &format!("parameters.{}", spec.name)))),
+            };
+            if let Some((line, key)) = lacking {
+                return Err(ConfigError::Missing {
+                    path: scope.path.to_owned(),
+                    line,
+                    key,
+                    why: format!("`{}` has no default for it", definition.name),
+                });
+            }
+        }
+        Ok(())
     }
 
     fn subspace(&self, scope: &Scope<'_>, method: Method) -> Result<Subspace, ConfigError> {
@@ -389,7 +445,10 @@ impl Shared<'_> {
             (Some(field), Some(fixed)) => {
                 field.word::<Subspace>()?;
                 let why = match method {
-                    Method::Linear | Method::TaskArithmetic | Method::Passthrough => {
+                    Method::Linear
+                    | Method::TaskArithmetic
+                    | Method::Passthrough
+                    | Method::Elementwise(_) => {
                         format!("`{}` has no subspace; `merge_method: mats` has", method.name())
                     }
                     _ => format!(
@@ -525,6 +584,10 @@ impl Shared<'_> {
 
     /// Refuses weights that are known to sum to 0 for every tensor where their sum divides.
     fn check_weights(&self, scope: &Scope<'_>, round: &Round) -> Result<(), ConfigError> {
+        // What divides by weights checks them for each tensor.
+        if matches!(round.method, Method::Elementwise(_)) {
+            return Ok(());
+        }
         let divides = round.method.solves()
             || match round.parameters.is_set("normalize") {
                 true => round.parameters.uniform_boolean("normalize") == Some(true),
@@ -697,6 +760,9 @@ fn read_parameters(scope: &Scope<'_>, specs: &[ParameterSpec]) -> Result<Paramet
             })?),
             ParameterKind::Boolean => {
                 ParameterValue::Boolean(rules(&field, &|point: &Field<'_>| point.boolean())?)
+            }
+            ParameterKind::Word(words) => {
+                ParameterValue::Word(rules(&field, &|point: &Field<'_>| point.one_of(words))?)
             }
         };
         parameters.insert(spec.name, Parameter { line: field.line, value });

@@ -7,6 +7,7 @@ use super::parameters::{ParameterSpec, Parameters, Range};
 use super::slices::SliceLayers;
 use super::sweep::Sweep;
 use super::tokenizer::{ChatTemplate, TokenizerConfig};
+use crate::merge::elementwise::{BaseUse, Definition, METHODS};
 
 /// A whole configuration, checked as far as that needs no tensor.
 #[derive(Debug, Clone)]
@@ -158,6 +159,11 @@ impl Round {
             .or_else(|| self.parameters.boolean(name, tensor, t))
     }
 
+    /// As [`Round::boolean`], of a parameter that takes one of several words, for all models.
+    pub fn word(&self, name: &str, tensor: &str, t: f64) -> Option<&'static str> {
+        self.parameters.word(name, tensor, t)
+    }
+
     /// Weight of a model for one tensor; 1.0 unless given.
     pub fn weight(&self, model: usize, tensor: &str, t: f64) -> f64 {
         self.number(Some(model), "weight", tensor, t).unwrap_or(1.0)
@@ -196,7 +202,10 @@ impl Round {
     /// Whether the entry of `models` that is the base itself carries no information (its task vector is
     /// zero).
     pub fn skips_base(&self) -> bool {
-        self.method == Method::TaskArithmetic || matches!(self.subspace, Subspace::DeltaGram(_))
+        match self.method {
+            Method::Elementwise(definition) => definition.base != BaseUse::Model,
+            method => method == Method::TaskArithmetic || matches!(self.subspace, Subspace::DeltaGram(_)),
+        }
     }
 
     fn of_model(&self, model: Option<usize>) -> Option<&Parameters> {
@@ -255,36 +264,58 @@ pub enum Method {
     Wudi,
     Actmat,
     Mats,
+    /// One of [`METHODS`], or one that the caller brought.
+    Elementwise(&'static Definition),
 }
 
-words!(Method {
-    "linear" => Self::Linear,
-    "task_arithmetic" => Self::TaskArithmetic,
-    "passthrough" => Self::Passthrough,
-    "fisher" => Self::Fisher,
-    "regmean" => Self::Regmean,
-    "wudi" => Self::Wudi,
-    "actmat" => Self::Actmat,
-    "mats" => Self::Mats,
-});
+/// Methods of their own kind; `merge::elementwise` has the rest.
+const SOLVING: [(&str, Method); 8] = [
+    ("linear", Method::Linear),
+    ("task_arithmetic", Method::TaskArithmetic),
+    ("passthrough", Method::Passthrough),
+    ("fisher", Method::Fisher),
+    ("regmean", Method::Regmean),
+    ("wudi", Method::Wudi),
+    ("actmat", Method::Actmat),
+    ("mats", Method::Mats),
+];
 
 impl Method {
+    /// Every method and its word, `extra` ones first.
+    pub(super) fn words(extra: &[&'static Definition]) -> Vec<(&'static str, Self)> {
+        let elementwise = extra.iter().chain(&METHODS).map(|d| (d.name, Self::Elementwise(d)));
+        SOLVING.into_iter().chain(elementwise).collect()
+    }
+
+    /// The word the config uses.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Elementwise(definition) => definition.name,
+            method => SOLVING.iter().find(|(_, m)| *m == method).map_or("", |(word, _)| word),
+        }
+    }
+
     /// Whether it solves a system (Σ wᵢ Cᵢ) θ = Σ wᵢ Cᵢ θᵢ, so that `initial`, `solver` and `off_diagonal`
     /// mean something and weights must not be negative.
     pub fn solves(self) -> bool {
-        !matches!(self, Self::Linear | Self::TaskArithmetic | Self::Passthrough)
+        !matches!(self, Self::Linear | Self::TaskArithmetic | Self::Passthrough | Self::Elementwise(_))
     }
 
     /// Whether it cannot do without `base_model`, whatever the subspace.
     pub fn needs_base(self) -> bool {
-        matches!(self, Self::TaskArithmetic | Self::Wudi | Self::Actmat)
+        match self {
+            Self::Elementwise(definition) => definition.base == BaseUse::Required,
+            _ => matches!(self, Self::TaskArithmetic | Self::Wudi | Self::Actmat),
+        }
     }
 
     /// The Cᵢ that the method's name stands for; `None` for `mats`, which has it from `subspace`. Task
     /// arithmetic weighs all directions alike.
     pub fn fixed_subspace(self) -> Option<Subspace> {
         match self {
-            Self::Linear | Self::TaskArithmetic | Self::Passthrough => Some(Subspace::Identity),
+            Self::Linear | Self::TaskArithmetic | Self::Passthrough | Self::Elementwise(_) => {
+                Some(Subspace::Identity)
+            }
             Self::Fisher => Some(Subspace::FisherDiagonal),
             Self::Regmean => Some(Subspace::Gram),
             Self::Wudi => Some(Subspace::DeltaGram(DeltaScale::InverseSquaredNorm)),
@@ -301,6 +332,10 @@ impl Method {
             ParameterSpec::number("weight", Range::Any).per_model(),
             ParameterSpec::boolean("normalize"),
             ParameterSpec::number("lambda", Range::Any),
+            // mergekit takes them here too, where nothing is thinned: published configs have them.
+            ParameterSpec::number("density", Range::Unit).per_model(),
+            ParameterSpec::boolean("rescale"),
+            ParameterSpec::boolean("int8_mask"),
         ];
         const SOLVED: &[ParameterSpec] = &[
             ParameterSpec::number("weight", Range::NonNegative).per_model(),
@@ -311,6 +346,7 @@ impl Method {
             Self::Passthrough => PASSTHROUGH,
             Self::Linear => LINEAR,
             Self::TaskArithmetic => TASK_ARITHMETIC,
+            Self::Elementwise(definition) => definition.parameters,
             _ => SOLVED,
         }
     }

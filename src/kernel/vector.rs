@@ -83,6 +83,23 @@ pub fn dot<T: Real>(x: &[T], y: &[T], threading: Threading) -> f64 {
     })
 }
 
+/// `Σ|x|`, accumulated in f64.
+pub fn sum_of_magnitudes<T: Real>(x: &[T], threading: Threading) -> f64 {
+    sum_pieces(x.len(), threading, |k| {
+        let x = &x[k * PIECE..((k + 1) * PIECE).min(x.len())];
+        dispatch(
+            #[inline(always)]
+            || {
+                sum_lanes(
+                    x.len(),
+                    #[inline(always)]
+                    |i| x[i].to_f64().abs(),
+                )
+            },
+        )
+    })
+}
+
 /// `⟨x + y, x + y⟩`, accumulated in f64.
 pub fn squared_norm_of_sum<T: Real>(x: &[T], y: &[T], threading: Threading) -> f64 {
     let len = x.len().min(y.len());
@@ -219,6 +236,9 @@ mod tests {
         let y: Vec<f32> = (0..n).map(|i| (i % 5) as f32).collect();
         let want: f64 = x.iter().zip(&y).map(|(a, b)| f64::from(a * b)).sum();
         assert_eq!(dot(&x, &y, Threading::Sequential), want);
+        let negated: Vec<f32> = x.iter().map(|v| -v).collect();
+        let sum: f64 = x.iter().map(|v| f64::from(*v)).sum();
+        assert_eq!(sum_of_magnitudes(&negated, Threading::Parallel), sum);
         let noisy: Vec<f32> = (0..n).map(|i| (i as f32).sin() * 1e3f32.powi(i as i32 % 5)).collect();
         let one = dot(&noisy, &noisy, Threading::Sequential);
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();

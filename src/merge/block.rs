@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::diagonal::{DiagonalOutcome, DiagonalSystem};
 use super::direct::{DirectMemory, DirectOutcome, GramDirect};
-use super::elementwise::Scratch;
+use super::elementwise::{self, MethodStart, Scratch};
 use super::iterative::{BlockContext, IterativeMemory, SharedFactors, SolveDetail, SolveOutcome};
 use super::resolve::gram_key;
 use super::{
@@ -91,13 +91,29 @@ pub fn merge_block(
     emit: &Emit<'_>,
 ) -> Result<Vec<SolveOutcome>, MergeError> {
     match strategy {
+        Strategy::Elements if recipe.solves.is_empty() && matches!(recipe.start, Start::Method(_)) => {
+            if let Start::Method(start) = &recipe.start {
+                if start.method.whole().is_some() {
+                    let merged = whole_tensor(context, start)?;
+                    emit_all(context, 0, &merged, emit)?;
+                    return Ok(Vec::new());
+                }
+                elementwise::merge(context, start, context.known, &|first, values| {
+                    emit(first, Values::F32(values))
+                })?;
+            }
+            Ok(Vec::new())
+        }
         Strategy::Elements if recipe.solves.is_empty() && !wide => {
             start_tiles::<f32>(context, &recipe.start, &|first, values| emit(first, Values::F32(values)))?;
             Ok(Vec::new())
         }
         Strategy::Elements => closed_form_tiles(context, recipe, emit),
         Strategy::Stages(stages) => {
-            let mut source = Source::Start(&recipe.start);
+            let mut source = match &recipe.start {
+                Start::Method(start) => Source::Whole(whole_start(context, start)?),
+                start => Source::Start(start),
+            };
             let mut outcomes = Vec::new();
             for run in runs(stages) {
                 let last = (run.end == stages.len()).then_some(emit);
@@ -179,6 +195,71 @@ pub(super) fn wide_solve(
     }
 }
 
+/// A start whose method runs passes of its own, in memory for the solves after it.
+fn whole_start(context: &BlockContext<'_>, start: &MethodStart) -> Result<Buffer<f32>, MergeError> {
+    let mut whole = Buffer::<f32>::zeroed(context.shape.elements());
+    if start.method.whole().is_some() {
+        for (out, v) in whole.iter_mut().zip(whole_tensor(context, start)?.iter()) {
+            *out = *v as f32;
+        }
+        return Ok(whole);
+    }
+    let target = std::sync::Mutex::new(&mut whole[..]);
+    elementwise::merge(context, start, context.known, &|first, values| {
+        let mut target = target.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        target[first..first + values.len()].copy_from_slice(values);
+        Ok(())
+    })?;
+    Ok(whole)
+}
+
+/// A method's merge of a weight as one matrix: `base + merged task vector`, in f64.
+fn whole_tensor(context: &BlockContext<'_>, start: &MethodStart) -> Result<Buffer<f64>, MergeError> {
+    let mut merged = Buffer::<f64>::zeroed(context.shape.elements());
+    let Some((whole, base)) = start.method.whole().zip(start.base) else { return Ok(merged) };
+    let mut read = |model: usize, out: &mut [f64]| {
+        if context.cancel.load(std::sync::atomic::Ordering::Relaxed) {
+            return Err(MergeError::Cancelled);
+        }
+        let terms = vec![(start.models[model], 1.0), (base, -1.0)];
+        fill(context, &Start::Mean { terms, divisor: 1.0 }, 0, out, |v| v)
+    };
+    whole.merge_whole(context.shape, start.models.len(), &mut read, context.threading, &mut merged).map_err(
+        |error| match error {
+            elementwise::WholeError::Read(error) => error,
+            elementwise::WholeError::Eigen(source) => {
+                MergeError::Eigen { tensor: context.tensor.to_owned(), source }
+            }
+        },
+    )?;
+    let add_base = |(k, values): (usize, &mut [f64])| -> Result<(), MergeError> {
+        let mut origin = [0.0f64; PIECE];
+        let origin = &mut origin[..values.len()];
+        fill_piece(context, &Start::Copy(base), k * PIECE, origin)?;
+        for (v, b) in values.iter_mut().zip(&*origin) {
+            *v += b;
+        }
+        Ok(())
+    };
+    match context.threading {
+        Threading::Sequential => merged.chunks_mut(PIECE).enumerate().try_for_each(add_base)?,
+        Threading::Parallel => merged.par_chunks_mut(PIECE).enumerate().try_for_each(add_base)?,
+    }
+    Ok(merged)
+}
+
+/// At most a piece of a start, in f64.
+fn fill_piece(
+    context: &BlockContext<'_>,
+    start: &Start,
+    first: usize,
+    out: &mut [f64],
+) -> Result<(), MergeError> {
+    let range = first..first + out.len();
+    let mut scratch = Scratch::default();
+    merge_elementwise(context.inputs, start, context.tensor, range, out, &mut scratch, context.tally)
+}
+
 /// The result of the stage before.
 pub(super) enum Source<'a> {
     Start(&'a Start),
@@ -223,17 +304,7 @@ fn fill<T: Real>(
     let piece = |(k, out): (usize, &mut [T])| {
         let mut values = [0.0f64; PIECE];
         let values = &mut values[..out.len()];
-        let begin = first + k * PIECE;
-        let range = begin..begin + out.len();
-        merge_elementwise(
-            context.inputs,
-            start,
-            context.tensor,
-            range,
-            values,
-            &mut Scratch::default(),
-            context.tally,
-        )?;
+        fill_piece(context, start, first + k * PIECE, values)?;
         for (out, v) in out.iter_mut().zip(&*values) {
             *out = convert(*v);
         }
@@ -306,18 +377,24 @@ fn closed_form_tiles(
         .iter()
         .map(|solve| elementwise_system(context, solve))
         .collect::<Result<Vec<_>, _>>()?;
+    let whole = match &recipe.start {
+        Start::Method(start) => Some(Source::Whole(whole_start(context, start)?)),
+        _ => None,
+    };
     let parts = for_tiles(context, tiles(elements, 4 * PIECE), |range| {
         let mut x = vec![0.0f64; range.len()];
-        let mut scratch = Scratch::default();
-        merge_elementwise(
-            context.inputs,
-            &recipe.start,
-            context.tensor,
-            range.clone(),
-            &mut x,
-            &mut scratch,
-            context.tally,
-        )?;
+        match &whole {
+            Some(whole) => whole.read(context, range.start, &mut x)?,
+            None => merge_elementwise(
+                context.inputs,
+                &recipe.start,
+                context.tensor,
+                range.clone(),
+                &mut x,
+                &mut Scratch::default(),
+                context.tally,
+            )?,
+        }
         let found = systems
             .iter()
             .map(|(system, shift)| solve_elements(context, system, *shift, range.start, &mut x))

@@ -104,9 +104,19 @@ pub struct Inputs {
     pub sections: Vec<Arc<Inputs>>,
     /// What the files beside the output's weights have that the reference's have not.
     pub files: OutputFiles,
+    /// Key of all random numbers, with model, tensor and element.
+    pub seed: u64,
 }
 
 impl Inputs {
+    /// Sets the key of all random numbers, in every section: before anybody else has the inputs.
+    pub fn set_seed(&mut self, seed: u64) {
+        self.seed = seed;
+        for section in self.sections.iter_mut().filter_map(Arc::get_mut) {
+            section.set_seed(seed);
+        }
+    }
+
     /// What a block of this section reads.
     pub fn of_section(self: &Arc<Self>, section: Option<usize>) -> &Arc<Self> {
         section.and_then(|k| self.sections.get(k)).unwrap_or(self)

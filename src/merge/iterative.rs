@@ -196,6 +196,8 @@ pub struct BlockContext<'a> {
     pub tally: &'a Tally,
     /// Raised to stop the run.
     pub cancel: &'a std::sync::atomic::AtomicBool,
+    /// Quantities of the whole model, where the start's method has such.
+    pub known: Option<&'a super::elementwise::Known>,
     /// Sees every iteration.
     pub observe: &'a (dyn Fn(&IterationRecord) + Sync),
     /// A sweep hands iterates on.

@@ -1,16 +1,16 @@
 //! What is done to one parameter: which start, which systems, solved how.
 //!
 //! `resolve` turns a config's rounds into a [`Recipe`] for one tensor from headers alone; `block` carries a recipe out:
-//! `elementwise` makes starting points and averages piece by piece, `direct` solves what has a closed form by rows,
-//! `iterative` runs conjugate gradients on a whole block, with `kfac` making the K-FAC system and its preconditioner,
-//! `refined` does so past f32, and `two_term` solves two-model K-FAC exactly; `sweep` carries several recipes out that
-//! differ in their last step. `plan` calls `resolve`, `stream` calls `block` and `sweep`. Nothing here decides what runs
-//! when, or writes a file.
+//! `elementwise` makes starting points, averages and the merges that need a few quantities of each tensor, `direct` solves
+//! what has a closed form by rows, `iterative` runs conjugate gradients on a whole block, with `kfac` making the K-FAC
+//! system and its preconditioner, `refined` does so past f32, and `two_term` solves two-model K-FAC exactly; `sweep`
+//! carries several recipes out that differ in their last step. `plan` calls `resolve`, `stream` calls `block` and `sweep`.
+//! Nothing here decides what runs when, or writes a file.
 
 pub mod block;
 mod diagonal;
 mod direct;
-mod elementwise;
+pub mod elementwise;
 mod inputs;
 mod iterative;
 mod kfac;
@@ -95,6 +95,16 @@ pub enum MergeError {
         tensor: String,
         /// One a model.
         weights: Vec<f64>,
+    },
+    /// Parameters that do not go together on one tensor.
+    #[error("tensor `{}`: `{method}`: {reason}", escaped(tensor))]
+    Parameters {
+        /// The parameter.
+        tensor: String,
+        /// `merge_method`.
+        method: &'static str,
+        /// What is wrong, what was expected.
+        reason: String,
     },
     /// A parameter without statistics where the config says `unmatched: error`.
     #[error(

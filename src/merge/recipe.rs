@@ -1,6 +1,7 @@
 //! What will be done to one parameter, decided from headers alone.
 
 use super::SourceId;
+use super::elementwise::MethodStart;
 use crate::config::{DeltaScale, PreconditionerKind, StopConfig};
 
 /// A starting point, then systems solved one after the other, each from the result before it.
@@ -37,6 +38,8 @@ pub enum Start {
         /// λ, over the sum of the coefficients where they are normalised.
         scale: f64,
     },
+    /// Elementwise, with passes over the tensor before.
+    Method(MethodStart),
 }
 
 impl Start {
@@ -49,10 +52,41 @@ impl Start {
             Self::TaskVectors { base, terms, .. } => {
                 std::iter::once(*base).chain(terms.iter().map(|t| t.0)).collect()
             }
+            Self::Method(start) => start.base.into_iter().chain(start.models.iter().copied()).collect(),
         };
         sources.sort_unstable();
         sources.dedup();
         sources
+    }
+}
+
+impl Recipe {
+    /// Times that a start reads its checkpoints.
+    pub fn passes(&self, elements: usize) -> u64 {
+        match &self.start {
+            Start::Zero => 0,
+            Start::Method(start) => match start.method.whole() {
+                Some(whole) => whole.reads(),
+                None => super::elementwise::passes_over(&*start.method, elements),
+            },
+            _ => 1,
+        }
+    }
+
+    /// The start, where it sees a weight as a matrix.
+    pub(crate) fn whole_tensor(&self) -> Option<(&MethodStart, &dyn super::elementwise::WholeTensor)> {
+        match &self.start {
+            Start::Method(start) => start.method.whole().map(|whole| (start, whole)),
+            _ => None,
+        }
+    }
+
+    /// The start, where its quantities are those of the whole model.
+    pub(crate) fn whole_model(&self) -> Option<&MethodStart> {
+        match &self.start {
+            Start::Method(start) if start.method.whole_model() => Some(start),
+            _ => None,
+        }
     }
 }
 

@@ -1,5 +1,8 @@
 //! From a config's rounds to the recipe of one tensor: presets, defaults, what its statistics allow.
 
+use std::sync::Arc;
+
+use super::elementwise::{Arguments, BaseUse, Definition, MethodStart};
 use super::{
     GramKind, Inputs, Iteration, MergeError, Recipe, Solve, SolveModel, SolverChoice, SourceId, Start, System,
 };
@@ -119,6 +122,7 @@ impl Resolver<'_> {
             Method::Linear => Ok(start(self.linear(round)?)),
             Method::TaskArithmetic => Ok(start(self.task_arithmetic(round)?)),
             Method::Passthrough => Ok(start(self.passthrough(round))),
+            Method::Elementwise(definition) => Ok(start(self.elementwise(round, definition)?)),
             _ => self.solved(round),
         }
     }
@@ -160,6 +164,59 @@ impl Resolver<'_> {
             1.0 => Start::Copy(source),
             scale => Start::Mean { terms: vec![(source, scale)], divisor: 1.0 },
         }
+    }
+
+    fn elementwise(&self, round: &Round, definition: &'static Definition) -> Result<Start, MergeError> {
+        let (inputs, base) = (self.inputs, self.inputs.base);
+        let origin = base.filter(|_| definition.base != BaseUse::Model);
+        let mut models: Vec<(Option<usize>, SourceId)> = inputs
+            .models
+            .iter()
+            .enumerate()
+            .filter(|(_, m)| origin != Some(m.source))
+            .map(|(i, m)| (Some(i), m.source))
+            .collect();
+        let mut base_model = None;
+        if definition.base == BaseUse::Model
+            && let Some(base) = base
+        {
+            base_model = Some(models.iter().position(|m| m.1 == base).unwrap_or_else(|| {
+                models.push((None, base));
+                models.len() - 1
+            }));
+        }
+        let places: Vec<Option<usize>> = models.iter().map(|m| m.0).collect();
+        let arguments = Arguments {
+            round,
+            tensor: self.name(),
+            t: self.t,
+            models: &places,
+            has_base: origin.is_some(),
+            base_model,
+            shape: &self.meta.shape,
+            seed: inputs.seed,
+        };
+        let refused = |reason| MergeError::Parameters {
+            tensor: self.name().to_owned(),
+            method: definition.name,
+            reason,
+        };
+        // Two paths of one directory are one model, which the config could not see.
+        if !(definition.models.0..=definition.models.1).contains(&models.len()) {
+            return Err(refused(format!(
+                "got {} different models, expected {} to {}",
+                models.len(),
+                definition.models.0,
+                definition.models.1
+            )));
+        }
+        let method = (definition.build)(&arguments).map_err(refused)?;
+        Ok(Start::Method(MethodStart {
+            name: definition.name,
+            base: origin,
+            models: models.into_iter().map(|m| m.1).collect(),
+            method: Arc::from(method),
+        }))
     }
 
     fn divides(&self, divisor: f64, terms: &[(SourceId, f64)]) -> Result<(), MergeError> {

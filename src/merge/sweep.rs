@@ -9,6 +9,7 @@
 //!   eigendecomposition that served all ridges would cost that of some 25);
 //! - conjugate gradients: start, scanned and held factors, eigenbases; plain CG runs once for all `max_iterations` and hands
 //!   its iterate on at each of them;
+//! - a start whose method runs passes: nothing;
 //! - anything else: start and scans.
 
 use std::sync::{Mutex, PoisonError};
@@ -24,7 +25,7 @@ use super::direct::{GramDirect, RightHandSide};
 use super::elementwise::Scratch;
 use super::iterative::{self, BlockContext, IterativeMemory, SolveOutcome};
 use super::resolve::gram_key;
-use super::{MergeError, PIECE, Recipe, Solve, SolverChoice, System, merge_elementwise, pieces};
+use super::{MergeError, PIECE, Recipe, Solve, SolverChoice, Start, System, merge_elementwise, pieces};
 use crate::kernel::{Buffer, Real};
 use crate::merge::block::TILE;
 use crate::solve::{IterationRecord, StopReason};
@@ -74,7 +75,9 @@ pub fn merge_variants(
     if variants.is_empty() {
         return Ok(Vec::new());
     }
-    if variants.iter().all(|v| *v.strategy == Strategy::Elements) {
+    // A method with passes of its own goes through them in every variant.
+    let shareable = |v: &Variant<'_>| !matches!(v.recipe.start, Start::Method(_));
+    if variants.iter().all(|v| *v.strategy == Strategy::Elements && shareable(v)) {
         return if !wide && variants.iter().all(|v| v.recipe.solves.is_empty()) {
             starts(context, variants, emit)
         } else {

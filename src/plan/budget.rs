@@ -8,8 +8,8 @@ use crate::kernel::{PANEL, sandwich_scratch};
 use crate::merge::block::{Stage, Strategy, is_elementwise};
 use crate::merge::{DirectMemory, IterativeMemory, refined_bytes, two_term_bytes};
 use crate::merge::{
-    GramKind, Inputs, Iteration, Recipe, SHARED_PIECE_BYTES, Solve, SolveModel, SolverChoice, System,
-    kronecker_kind, rotates,
+    GramKind, Inputs, Iteration, Recipe, SHARED_PIECE_BYTES, Solve, SolveModel, SolverChoice, Start, System,
+    elementwise, kronecker_kind, rotates,
 };
 use crate::operator::BlockShape;
 use crate::plan::{Action, BlockPlan, MergePlan};
@@ -84,16 +84,19 @@ pub fn fit(
     tensor: &str,
     recipe: &Recipe,
     shape: BlockShape,
+    workers: usize,
     available: u64,
     variant: bool,
 ) -> Result<BlockMemory, u64> {
+    let start = start_bytes(recipe, shape, workers);
     if recipe.solves.iter().all(is_elementwise) {
-        return Ok(BlockMemory { strategy: Strategy::Elements, bytes: 0 });
+        let memory = BlockMemory { strategy: Strategy::Elements, bytes: start };
+        return if start <= available { Ok(memory) } else { Err(start) };
     }
     let mut least = u64::MAX;
     for frugality in 0.. {
         let Some(candidate) = candidate(recipe, shape, frugality) else { break };
-        let mut bytes = bytes(inputs, tensor, recipe, shape, &candidate.stages);
+        let mut bytes = start + bytes(inputs, tensor, recipe, shape, &candidate.stages);
         if variant {
             bytes += match candidate.stages.last() {
                 // The rows' starting point, and while the next ridge is factored, their right-hand side and result.
@@ -111,6 +114,17 @@ pub fn fit(
         least = least.min(bytes);
     }
     Err(least)
+}
+
+/// What a start holds whose method runs passes, and its result where solves go on from it.
+fn start_bytes(recipe: &Recipe, shape: BlockShape, workers: usize) -> u64 {
+    let Start::Method(start) = &recipe.start else { return 0 };
+    let elements = shape.elements();
+    let whole = if recipe.solves.is_empty() { 0 } else { elements as u64 * 4 };
+    match start.method.whole() {
+        Some(method) => whole + method.memory_bytes(shape, start.models.len()),
+        None => whole + elementwise::memory_bytes(start, elements, workers, !start.method.whole_model()),
+    }
 }
 
 /// Steps of frugality; none of them changes a bit of the result:

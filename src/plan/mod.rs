@@ -18,6 +18,7 @@ use shards::{LayoutError, OutputLayout, TensorSpec};
 
 use crate::config::{MergeConfig, OutDtype, SliceLayers};
 use crate::merge::block::{Stage, Strategy};
+use crate::merge::elementwise::{self, MethodStart};
 use crate::merge::{
     Inputs, Iteration, LayerPosition, MergeError, Recipe, Solve, SolverChoice, SourceId, Start, System,
     apply_flops, gram_key, input_factors_key, kronecker_kind, resolve, rotates, statistics_keys,
@@ -116,14 +117,23 @@ pub struct BlockPlan {
     pub unmatched: Option<String>,
     /// Peak bytes beside the overhead.
     pub memory_bytes: u64,
-    /// Inputs read, each byte counted once a round.
+    /// Inputs read, each byte counted once a round and, where a method's quantities need it, once a pass.
     pub read_bytes: u64,
+    /// Times that the start reads its checkpoints.
+    pub passes: u64,
     /// Of the output.
     pub write_bytes: u64,
     /// Upper bound: all iterations.
     pub flops: f64,
     /// Runs alone with parallel kernels.
     pub large: bool,
+}
+
+impl BlockPlan {
+    /// Whether its start is a method with passes of its own.
+    pub fn has_passes(&self) -> bool {
+        matches!(&self.action, Action::Merge { recipe, .. } if matches!(recipe.start, Start::Method(_)))
+    }
 }
 
 /// Blocks that run one after the other in one task, because they share factors.
@@ -152,6 +162,8 @@ pub struct MergePlan {
     pub warnings: Vec<String>,
     /// Memory that is not a block's.
     pub overhead_bytes: u64,
+    /// Peak of the passes over the whole model, before any tensor is merged.
+    pub model_pass_bytes: u64,
     /// The least `--max-memory` that would do.
     pub least_memory_bytes: u64,
     /// The resources it was made for.
@@ -170,7 +182,7 @@ impl MergePlan {
         metadata: u64,
     ) -> Result<Self, PlanError> {
         let overhead_bytes = budget::overhead_bytes(limits.threads, metadata);
-        let mut whole = Whole::new(limits.max_memory.saturating_sub(overhead_bytes), false);
+        let mut whole = Whole::new(limits.max_memory.saturating_sub(overhead_bytes), false, limits.threads);
         if config.sections.is_empty() {
             let alignment = align_inputs(inputs, limits)?;
             whole.add(config, inputs, &alignment, None, None)?;
@@ -196,7 +208,7 @@ impl MergePlan {
         metadata: u64,
     ) -> Result<Self, PlanError> {
         let overhead_bytes = budget::overhead_bytes(limits.threads, metadata);
-        let mut whole = Whole::new(limits.max_memory.saturating_sub(overhead_bytes), true);
+        let mut whole = Whole::new(limits.max_memory.saturating_sub(overhead_bytes), true, limits.threads);
         whole.add(config, inputs, alignment, None, None)?;
         Self::of_blocks(config, inputs, whole, limits, overhead_bytes)
     }
@@ -213,7 +225,7 @@ impl MergePlan {
         for source in &inputs.checkpoints {
             warnings.extend(source.warnings().cloned());
         }
-        let Whole { blocks, left_out, worst: (worst_bytes, worst), .. } = whole;
+        let Whole { blocks, left_out, worst: (worst_bytes, worst), model_pass_bytes, .. } = whole;
         for (name, reason) in &left_out {
             warnings.push(format!("tensor `{}` is left out: {reason}", crate::read::escaped(name)));
         }
@@ -236,7 +248,17 @@ impl MergePlan {
             })
             .collect();
         let layout = OutputLayout::new(specs, limits.shard_bytes)?;
-        Ok(Self { blocks, units, layout, left_out, warnings, overhead_bytes, least_memory_bytes, limits })
+        Ok(Self {
+            blocks,
+            units,
+            layout,
+            left_out,
+            warnings,
+            overhead_bytes,
+            model_pass_bytes,
+            least_memory_bytes,
+            limits,
+        })
     }
 
     /// Peak anonymous memory of the run: the overhead and what units hold at the same time.
@@ -246,12 +268,20 @@ impl MergePlan {
         small.sort_unstable_by(|a, b| b.cmp(a));
         let together: u64 = small.iter().take(self.limits.threads).sum();
         let available = self.limits.max_memory.saturating_sub(self.overhead_bytes);
-        self.overhead_bytes + alone.max(together.min(available))
+        self.overhead_bytes + alone.max(self.model_pass_bytes).max(together.min(available))
     }
 
     /// Inputs read, each byte counted once a round.
     pub fn read_bytes(&self) -> u64 {
         self.blocks.iter().map(|b| b.read_bytes).sum()
+    }
+
+    /// Tensors whose method asks for quantities of the whole model, before any is merged.
+    pub(crate) fn model_passes(&self) -> impl Iterator<Item = (usize, &MethodStart)> {
+        self.blocks.iter().enumerate().filter_map(|(k, block)| match &block.action {
+            Action::Merge { recipe, .. } => recipe.whole_model().map(|start| (k, start)),
+            Action::Copy { .. } => None,
+        })
     }
 
     /// Tensor bytes of the output.
@@ -280,13 +310,16 @@ struct Whole {
     variant: bool,
     blocks: Vec<BlockPlan>,
     left_out: BTreeMap<String, String>,
+    threads: usize,
+    /// Most bytes of a tensor's share in the passes over the whole model.
+    model_pass_bytes: u64,
     /// Least bytes of the most demanding block, and its name.
     worst: (u64, String),
 }
 
 impl Whole {
-    fn new(available: u64, variant: bool) -> Self {
-        Self { available, variant, ..Self::default() }
+    fn new(available: u64, variant: bool, threads: usize) -> Self {
+        Self { available, variant, threads, ..Self::default() }
     }
 
     /// Adds the blocks of one section, or of a config without sections.
@@ -312,11 +345,14 @@ impl Whole {
             layers,
             available: self.available,
             variant: self.variant,
+            threads: self.threads,
+            model_passes: self.model_pass_bytes,
             worst,
         };
         for meta in &alignment.tensors {
             self.blocks.push(planner.block(meta)?);
         }
+        self.model_pass_bytes = planner.model_passes;
         self.worst = planner.worst;
         self.left_out.extend(alignment.left_out.iter().map(|(name, why)| (name.clone(), why.clone())));
         Ok(())
@@ -350,6 +386,7 @@ impl Whole {
                 unmatched: None,
                 memory_bytes: view.held_bytes(meta),
                 read_bytes: view.read_bytes(meta),
+                passes: 1,
                 write_bytes: meta.bytes,
                 flops: 0.0,
                 large: elements > LARGE_ELEMENTS,
@@ -367,6 +404,9 @@ struct Planner<'a> {
     available: u64,
     /// Of a sweep.
     variant: bool,
+    threads: usize,
+    /// Most bytes of a tensor's share in the passes over the whole model.
+    model_passes: u64,
     /// Least bytes of the most demanding block, and its name.
     worst: (u64, String),
 }
@@ -396,6 +436,7 @@ impl Planner<'_> {
             unmatched: None,
             memory_bytes: 0,
             read_bytes: meta.bytes,
+            passes: 1,
             write_bytes: meta.bytes,
             flops: 0.0,
             large: meta.elements() as usize > LARGE_ELEMENTS,
@@ -425,27 +466,41 @@ impl Planner<'_> {
             return Ok(plan);
         }
         plan.write_bytes = meta.elements() * plan.dtype.bits() / 8;
-        // Only a solve that couples entries sees the tensor as a matrix.
+        // Only what couples entries sees the tensor as a matrix.
         if let [out, input] = meta.shape[..]
-            && recipe.solves.iter().any(|s| s.system == System::Kfac || matches!(s.system, System::Gram(_)))
+            && (recipe.whole_tensor().is_some()
+                || recipe
+                    .solves
+                    .iter()
+                    .any(|s| s.system == System::Kfac || matches!(s.system, System::Gram(_))))
         {
             plan.block = BlockShape::new(out, input);
         }
+        plan.passes = recipe.passes(meta.elements() as usize);
         plan.read_bytes = self.read_bytes(meta, &recipe);
         plan.flops = flops(inputs, &meta.name, plan.block, &recipe);
         plan.large = plan.large || plan.flops > LARGE_FLOPS;
         // Factors of adapters, mean rows: held from the first value read to the last.
         let held = self.held_bytes(meta, &recipe);
         let available = self.available.saturating_sub(held);
+        let workers = if plan.large || !recipe.solves.is_empty() { self.threads } else { 1 };
+        let fit = |available| {
+            budget::fit(inputs, &meta.name, &recipe, plan.block, workers, available, self.variant)
+        };
         let least = held
-            + match budget::fit(inputs, &meta.name, &recipe, plan.block, available, self.variant) {
+            + match fit(available) {
                 Ok(BlockMemory { strategy, bytes }) => {
                     plan.memory_bytes = bytes + held;
                     plan.action = Action::Merge { recipe: recipe.clone(), strategy };
-                    budget::fit(inputs, &meta.name, &recipe, plan.block, 0, self.variant).err().unwrap_or(0)
+                    fit(0).err().unwrap_or(0)
                 }
                 Err(least) => least,
             };
+        let model_passes = recipe.whole_model().map_or(0, |start| {
+            held + elementwise::memory_bytes(start, meta.elements() as usize, self.threads, true)
+        });
+        self.model_passes = self.model_passes.max(model_passes);
+        let least = least.max(model_passes);
         if least >= self.worst.0 {
             self.worst = (least, meta.name.clone());
         }
@@ -470,6 +525,12 @@ impl Planner<'_> {
             tensor.map_or(0, |tensor| self.inputs.checkpoints[source].read_bytes(tensor))
         };
         let mut bytes: u64 = recipe.start.sources().into_iter().map(of).sum();
+        bytes *= recipe.passes(meta.elements() as usize).max(1);
+        if let Some((start, _)) = recipe.whole_tensor() {
+            // The base is read with every model and once more for the result.
+            let base = start.base.map_or(0, of);
+            bytes = recipe.passes(0) * start.models.iter().map(|m| of(*m) + base).sum::<u64>() + base;
+        }
         for solve in &recipe.solves {
             bytes += solve.models.iter().map(|m| of(m.source)).sum::<u64>();
             for (model, kind, _) in statistics_keys(self.inputs, &meta.name, solve) {
@@ -494,6 +555,9 @@ fn stored(dtype: OutDtype) -> Dtype {
 fn flops(inputs: &Inputs, tensor: &str, shape: BlockShape, recipe: &Recipe) -> f64 {
     let (m, n) = (shape.out_features as f64, shape.in_features as f64);
     let mut total = recipe.start.sources().len() as f64 * 2.0 * m * n;
+    if let Some((start, whole)) = recipe.whole_tensor() {
+        total += whole.flops(shape, start.models.len());
+    }
     for solve in &recipe.solves {
         let models = solve.models.len() as f64;
         let one = match solve.system {

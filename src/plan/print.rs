@@ -31,6 +31,7 @@ impl BlockPlan {
     fn cut(&self) -> String {
         let Action::Merge { strategy, .. } = &self.action else { return "stream".to_owned() };
         match strategy {
+            Strategy::Elements if self.passes > 1 => format!("stream, {} passes", self.passes),
             Strategy::Elements => "stream".to_owned(),
             Strategy::Stages(stages) => stages
                 .iter()
@@ -79,6 +80,7 @@ impl MergePlan {
                     "steps": b.summary(),
                     "memory": b.cut(),
                     "unmatched": b.unmatched,
+                    "passes": b.passes,
                     "memory_bytes": b.memory_bytes,
                     "bytes_read": b.read_bytes,
                     "bytes_written": b.write_bytes,

@@ -69,9 +69,16 @@ impl SweepPlan {
         self.plans.first().map_or(0, MergePlan::peak_memory_bytes)
     }
 
-    /// Inputs read, each byte counted once a round: what any one of the merges reads.
+    /// Inputs read, each byte counted once a round: what any one of the merges reads, but for methods with passes of their
+    /// own, which every variant makes.
     pub fn read_bytes(&self) -> u64 {
-        self.plans.iter().map(MergePlan::read_bytes).max().unwrap_or(0)
+        let blocks = self.plans.first().map_or(0, |plan| plan.blocks.len());
+        let of = |k: usize| {
+            let bytes = self.plans.iter().map(|plan| plan.blocks[k].read_bytes);
+            let apart = self.plans.iter().any(|plan| plan.blocks[k].has_passes());
+            if apart { bytes.sum() } else { bytes.max().unwrap_or(0) }
+        };
+        (0..blocks).map(of).sum()
     }
 
     /// Tensor bytes of all outputs.

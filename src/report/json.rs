@@ -176,6 +176,9 @@ pub struct ParameterReport {
     pub seconds: f64,
     /// Bytes read for it.
     pub bytes_read: u64,
+    /// Times that its inputs were read, where more than once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passes: Option<u64>,
     /// Checksum of its bytes as written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checksum: Option<String>,

@@ -206,6 +206,7 @@ impl Opener {
             initials,
             tied: HashMap::new(),
             refuse_nonfinite,
+            seed: 0,
             sections: Vec::new(),
             files: OutputFiles::default(),
         })

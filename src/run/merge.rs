@@ -31,7 +31,7 @@ pub struct MergeOptions {
     pub io: IoMode,
     /// Refuse NaN and infinities in the models.
     pub refuse_nonfinite: bool,
-    /// Recorded; this version's methods draw no random numbers.
+    /// Key of the methods that draw random numbers.
     pub seed: u64,
     /// What is shown on stderr.
     pub progress: ProgressMode,
@@ -166,7 +166,19 @@ pub fn merge(
     options: &MergeOptions,
     cancel: &AtomicBool,
 ) -> Result<MergeSummary, Error> {
-    let config = MergeConfig::load(config)?;
+    merge_config(&MergeConfig::load(config)?, out, options, cancel)
+}
+
+/// As [`merge`], of a config in hand: [`MergeConfig::load_with`] brings methods of the caller's own.
+///
+/// # Errors
+/// [`Error`]; nothing stands under a final name then.
+pub fn merge_config(
+    config: &MergeConfig,
+    out: &Path,
+    options: &MergeOptions,
+    cancel: &AtomicBool,
+) -> Result<MergeSummary, Error> {
     if let Some(sweep) = &config.sweep {
         return Err(Error::Config(ConfigError::NotAllowed {
             path: config.path.clone(),
@@ -175,15 +187,6 @@ pub fn merge(
             why: "stands for several models, and one was asked for".to_owned(),
         }));
     }
-    merge_config(&config, out, options, cancel)
-}
-
-fn merge_config(
-    config: &MergeConfig,
-    out: &Path,
-    options: &MergeOptions,
-    cancel: &AtomicBool,
-) -> Result<MergeSummary, Error> {
     let started = Instant::now();
     let config_hash = record::config_hash(config);
     let paths = input_paths(config);
@@ -204,6 +207,7 @@ fn merge_config(
         return Ok(MergeSummary::already(report));
     }
     let mut inputs = opened?;
+    inputs.set_seed(options.seed);
     let metadata = metadata_bytes(&inputs);
     let plan = MergePlan::new(config, &mut inputs, options.limits, metadata)?;
     for warning in &plan.warnings {

@@ -14,7 +14,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 pub use inputs::open_inputs;
-pub use merge::{MergeOptions, MergeSummary, merge};
+pub use merge::{MergeOptions, MergeSummary, merge, merge_config};
 pub use resources::default_max_memory;
 pub use sweep::{SweepSummary, sweep};
 

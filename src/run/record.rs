@@ -160,6 +160,7 @@ pub(super) fn parameter(planned: &BlockPlan, block: &BlockReport) -> ParameterRe
         seconds: block.seconds,
         bytes_read: block.bytes_read,
         note: planned.unmatched.clone(),
+        passes: (planned.passes > 1).then_some(planned.passes),
         ..ParameterReport::default()
     };
     let Action::Merge { recipe, .. } = &planned.action else {

@@ -63,6 +63,7 @@ pub(super) fn sweep_config(
     let paths = input_paths(config);
     OutputDir::check(out, &paths)?;
     let mut inputs = open_inputs(config, options.io, options.refuse_nonfinite)?;
+    inputs.set_seed(options.seed);
     let metadata = metadata_bytes(&inputs);
     let plan = SweepPlan::new(variants, &mut inputs, options.limits, metadata)?;
     let plans = &plan.plans;

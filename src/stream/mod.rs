@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use crate::kernel::{OutOfMemory, Threading};
 use crate::merge::block::{Shared, Strategy, Values, merge_block};
+use crate::merge::elementwise::{Known, ModelPasses};
 use crate::merge::sweep::{Variant, VariantRun, merge_variants};
 use crate::merge::{BlockContext, Inputs, MergeError, SolveOutcome, Tally};
 use crate::plan::{Action, BlockPlan, MergePlan, Unit, budget};
@@ -94,8 +95,11 @@ pub fn run_variants(
     let (sink, drain) = sink::channel(writers, budget::out_buffers(plan.limits.threads));
     let position = prefetch::Position::default();
     let state = Admission::new(available);
+    let tallies: Vec<Tally> = plan.blocks.iter().map(|_| Tally::default()).collect();
+    let known = catching(|| pool.install(|| model_passes(plan, inputs, cancel, &tallies)))?;
+    let known = known.as_ref();
     let engine =
-        Engine { plans, inputs, writers, progress, cancel, position: &position, drop_cache, finished };
+        Engine { plans, inputs, writers, progress, cancel, position: &position, drop_cache, finished, known };
 
     let (reports, written) = std::thread::scope(|threads| {
         let drained = threads.spawn(|| {
@@ -161,7 +165,51 @@ pub fn run_variants(
     for reports in &mut reports {
         reports.sort_by_key(|r| r.block);
     }
+    // What passes over the whole model have read, once for all variants.
+    for (report, before) in reports.iter_mut().take(1).flatten().zip(&tallies) {
+        report.bytes_read += before.total();
+    }
     Ok(reports)
+}
+
+/// Runs `work`; a buffer that the system refuses unwinds to here.
+fn catching<R>(work: impl FnOnce() -> Result<R, MergeError>) -> Result<R, MergeError> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| match payload.downcast::<OutOfMemory>() {
+        Ok(error) => Err(MergeError::OutOfMemory { bytes: error.bytes }),
+        Err(payload) => resume_unwind(payload),
+    })
+}
+
+/// The passes over all tensors whose method asks for quantities of the whole model.
+fn model_passes(
+    plan: &MergePlan,
+    inputs: &Arc<Inputs>,
+    cancel: &AtomicBool,
+    tallies: &[Tally],
+) -> Result<Option<Known>, MergeError> {
+    let observe = |_: &IterationRecord| {};
+    let blocks: Vec<_> = plan
+        .model_passes()
+        .map(|(index, start)| {
+            let block = &plan.blocks[index];
+            let context = BlockContext {
+                inputs: inputs.of_section(block.section),
+                tensor: &block.name,
+                shape: block.block,
+                threading: Threading::Parallel,
+                tally: &tallies[index],
+                cancel,
+                known: None,
+                observe: &observe,
+                watch: None,
+            };
+            (context, start)
+        })
+        .collect();
+    if blocks.is_empty() {
+        return Ok(None);
+    }
+    ModelPasses::new(blocks.iter().map(|(context, start)| (context, *start)))?.run().map(Some)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -223,6 +271,8 @@ struct Engine<'e> {
     position: &'e prefetch::Position,
     drop_cache: bool,
     finished: &'e (dyn Fn(&BlockReport) + Sync),
+    /// Quantities of the whole model.
+    known: Option<&'e Known>,
 }
 
 impl Engine<'_> {
@@ -231,19 +281,14 @@ impl Engine<'_> {
         self.writers.iter().all(|writer| writer.resumed(block))
     }
 
-    /// As [`Engine::unit`]; a buffer that the system refuses unwinds to here.
+    /// As [`Engine::unit`], with memory that the system refuses as an error.
     fn unit_or_error(
         &self,
         unit: &Unit,
         threading: Threading,
         sink: &sink::Sink<'_>,
     ) -> Result<Vec<Vec<BlockReport>>, MergeError> {
-        catch_unwind(AssertUnwindSafe(|| self.unit(unit, threading, sink))).unwrap_or_else(|payload| {
-            match payload.downcast::<OutOfMemory>() {
-                Ok(error) => Err(MergeError::OutOfMemory { bytes: error.bytes }),
-                Err(payload) => resume_unwind(payload),
-            }
-        })
+        catching(|| self.unit(unit, threading, sink))
     }
 
     /// For each block of the unit, one report a plan.
@@ -408,6 +453,8 @@ impl Engine<'_> {
             threading,
             tally,
             cancel: self.cancel,
+            // Nothing that a sweep varies (weights, scales) enters what is measured over the whole model.
+            known: self.known.filter(|_| variants.iter().any(|v| v.recipe.whole_model().is_some())),
             observe: &observe,
             watch: None,
         };

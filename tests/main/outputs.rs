@@ -16,7 +16,7 @@ use crate::algebra::{Matrix, gram};
 use crate::util::{Merged, Random, Scratch, Statistics, Tensor, models};
 
 /// One rounding to f32, relative.
-const HALF_ULP: f64 = 1.0 / (1u64 << 24) as f64;
+pub const HALF_ULP: f64 = 1.0 / (1u64 << 24) as f64;
 
 /// Direct solves: f64 arithmetic, then one rounding to f32. The systems here have at most 42 unknowns and, by
 /// [`gram`]'s construction, a condition below 1e4, so that f64 loses at most 42 · 1e4 · 2⁻⁵² ≈ 1e-10.

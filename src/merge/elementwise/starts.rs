@@ -1,9 +1,9 @@
-//! Starting points and averages: one pass over the models, piece by piece, nothing held.
+//! Starting points and averages that need nothing but one pass over the models, piece by piece, nothing held.
 
 use std::ops::Range;
 
-use super::{Inputs, MergeError, SourceId, Start, Tally};
 use crate::kernel::{Real, vector};
+use crate::merge::{Inputs, MergeError, SourceId, Start, Tally};
 
 /// Elements worked on at a time: a few vectors of them stay in the second-level cache.
 pub const PIECE: usize = 1 << 14;
@@ -43,6 +43,9 @@ pub fn merge_elementwise<T: Real>(
         match start {
             Start::Zero => out.fill(T::default()),
             Start::Copy(source) => read(*source, out)?,
+            Start::Method(_) => {
+                unreachable!("`block` runs methods with passes before anything asks for a range")
+            }
             Start::Mean { terms, divisor } => {
                 for (k, (source, weight)) in terms.iter().enumerate() {
                     let weight = T::from_f64(*weight);

@@ -1,0 +1,169 @@
+//! The sum of task vectors that most methods end in: weighted, with or without TIES' election of signs.
+
+use super::{Arguments, Known, Pass, Piece};
+use crate::config::{ParameterSpec, Range};
+use crate::kernel::{Threading, vector};
+
+/// What all of these methods take.
+pub(super) const WEIGHT: ParameterSpec = ParameterSpec::number("weight", Range::Any).per_model().required();
+pub(super) const DENSITY: ParameterSpec = ParameterSpec::number("density", Range::Unit).per_model();
+pub(super) const NORMALIZE: ParameterSpec = ParameterSpec::boolean("normalize");
+pub(super) const LAMBDA: ParameterSpec = ParameterSpec::number("lambda", Range::Any);
+/// mergekit's dtype of masks: no mask is stored here.
+pub(super) const INT8_MASK: ParameterSpec = ParameterSpec::boolean("int8_mask");
+pub(super) const RESCALE: ParameterSpec =
+    ParameterSpec::word("rescale", &["false", "true", "l1", "inverse_probability"]);
+
+/// Elements worked on at a time, on the stack.
+const CHUNK: usize = 512;
+/// L1 norms below this are not divided by.
+const LEAST_NORM: f64 = 1e-7;
+
+/// How what is left of a thinned task vector is scaled up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rescale {
+    /// Not at all.
+    None,
+    /// To the L1 norm of the whole vector (mergekit's `true`).
+    L1,
+    /// By the inverse of each element's probability to stay (the papers').
+    InverseProbability,
+}
+
+impl Rescale {
+    pub(super) fn of(arguments: &Arguments<'_>, default: bool) -> Self {
+        match arguments.word("rescale", if default { "true" } else { "false" }) {
+            "true" | "l1" => Self::L1,
+            "inverse_probability" => Self::InverseProbability,
+            _ => Self::None,
+        }
+    }
+
+    /// The passes that measure both norms of each model.
+    pub(super) fn passes(self, models: usize) -> Vec<Pass> {
+        if self == Self::L1 { vec![Pass::Sums { count: 2 * models }] } else { Vec::new() }
+    }
+
+    /// Factors from L1 norms before and after, one of each a model.
+    pub(super) fn factors(self, before: &[f64], after: &[f64], models: usize) -> Vec<f32> {
+        (0..models)
+            .map(|i| match (self, before.get(i), after.get(i)) {
+                (Self::L1, Some(before), Some(after)) if *before >= LEAST_NORM && *after >= LEAST_NORM => {
+                    (before / after) as f32
+                }
+                _ => 1.0,
+            })
+            .collect()
+    }
+}
+
+/// `base + λ · Σ wᵢ dᵢ [/ Σ wᵢ]`, over all models or, with `consensus`, over those whose weighted value has the sign of the
+/// weighted sum (0 counts as positive, a value of 0 agrees with nobody).
+#[derive(Debug, Clone)]
+pub struct Combine {
+    weights: Vec<f32>,
+    consensus: bool,
+    normalize: bool,
+    lambda: f32,
+}
+
+impl Combine {
+    /// From `weight`, `normalize` and `lambda`.
+    ///
+    /// # Errors
+    /// A weight that is not there, or weights that sum to 0 where the sum divides.
+    pub fn of(arguments: &Arguments<'_>, consensus: bool, normalize: bool) -> Result<Self, String> {
+        let weights = arguments.required_numbers("weight")?;
+        let normalize = arguments.boolean("normalize", normalize);
+        let (sum, size) = (weights.iter().sum::<f64>(), weights.iter().map(|w| w.abs()).sum::<f64>());
+        if normalize && !consensus && sum.abs() <= 1e-12 * size {
+            return Err(format!(
+                "the weights {weights:?} sum to 0, and their sum divides (`normalize: false` sums)"
+            ));
+        }
+        let lambda = arguments.number("lambda", 1.0) as f32;
+        Ok(Self { weights: weights.into_iter().map(|w| w as f32).collect(), consensus, normalize, lambda })
+    }
+
+    /// Merges task vectors times `factors`, one a model.
+    pub fn merge(&self, piece: &Piece<'_>, factors: &[f32], out: &mut [f32]) {
+        for first in (0..out.len()).step_by(CHUNK) {
+            let end = (first + CHUNK).min(out.len());
+            let base = &piece.base()[first..end];
+            let out = &mut out[first..end];
+            vector::dispatch(
+                #[inline(always)]
+                || {
+                    if self.consensus {
+                        self.elect(piece, factors, first..end, base, out);
+                    } else {
+                        self.add(piece, factors, first..end, base, out);
+                    }
+                },
+            );
+        }
+    }
+
+    #[inline(always)]
+    fn add(
+        &self,
+        piece: &Piece<'_>,
+        factors: &[f32],
+        range: std::ops::Range<usize>,
+        base: &[f32],
+        out: &mut [f32],
+    ) {
+        let mut sum = [0.0f32; CHUNK];
+        for (i, (weight, factor)) in self.weights.iter().zip(factors).enumerate() {
+            for (s, d) in sum.iter_mut().zip(&piece.model(i)[range.clone()]) {
+                *s += (*d * *factor) * *weight;
+            }
+        }
+        let divisor = if self.normalize { self.weights.iter().sum() } else { 1.0f32 };
+        for ((o, s), b) in out.iter_mut().zip(&sum).zip(base) {
+            *o = *b + *s / divisor * self.lambda;
+        }
+    }
+
+    #[inline(always)]
+    fn elect(
+        &self,
+        piece: &Piece<'_>,
+        factors: &[f32],
+        range: std::ops::Range<usize>,
+        base: &[f32],
+        out: &mut [f32],
+    ) {
+        let mut vote = [0.0f32; CHUNK];
+        for (i, (weight, factor)) in self.weights.iter().zip(factors).enumerate() {
+            for (s, d) in vote.iter_mut().zip(&piece.model(i)[range.clone()]) {
+                *s += (*d * *factor) * *weight;
+            }
+        }
+        let (mut sum, mut divisor) = ([0.0f32; CHUNK], [0.0f32; CHUNK]);
+        for (i, (weight, factor)) in self.weights.iter().zip(factors).enumerate() {
+            for (k, d) in piece.model(i)[range.clone()].iter().enumerate() {
+                let value = (*d * *factor) * *weight;
+                let agrees = (vote[k] >= 0.0) & (value > 0.0) | (vote[k] < 0.0) & (value < 0.0);
+                sum[k] += if agrees { value } else { 0.0 };
+                divisor[k] += if agrees { *weight } else { 0.0 };
+            }
+        }
+        for (k, (o, b)) in out.iter_mut().zip(base).enumerate() {
+            let divides = self.normalize & (divisor[k] != 0.0);
+            *o = *b + sum[k] / if divides { divisor[k] } else { 1.0 } * self.lambda;
+        }
+    }
+}
+
+/// Adds the L1 norms of the piece's columns from `sums[at]` on.
+pub(super) fn add_norms(piece: &Piece<'_>, sums: &mut [f64], at: usize) {
+    for i in 0..piece.models() {
+        sums[at + i] += vector::sum_of_magnitudes(piece.model(i), Threading::Sequential);
+    }
+}
+
+/// Norms of every model before (pass 0) and after a trim (the last pass), for methods that trim between two sums.
+pub(super) fn trimmed_factors(rescale: Rescale, known: &Known, models: usize) -> Vec<f32> {
+    rescale.factors(known.sums(0), known.sums(2), models)
+}

@@ -1,0 +1,141 @@
+//! Isotropic merging (Marczak et al. 2025, arXiv:2502.04959): the singular vectors of the summed task vector, all singular
+//! values made equal.
+//!
+//! `iso_c`: λ · mean(σ) · U·Vᵀ of Σ τₜ. `iso_cts` keeps the `common` share (0.8) of its leading singular vectors and gives the
+//! rest to the tasks: of each task vector, with the common left space projected out, the leading triples, an equal number
+//! a task; all left and all right vectors together are replaced by the nearest orthonormal ones, and every singular value
+//! by the mean of those collected. Only 2-D weights; everything else gets the mean of the task vectors, times λ.
+
+use super::combine::LAMBDA;
+use super::whole::{ReadTask, WholeError, WholeTensor, gram_values, orthonormalise, recompose, svd};
+use super::{Arguments, BaseUse, Definition, Elementwise, Known, Piece};
+use crate::config::{ParameterSpec, Range};
+use crate::kernel::{Buffer, Threading, gemm, mat, mat_mut};
+use crate::operator::BlockShape;
+
+pub(super) static ISO_C: Definition = Definition {
+    name: "iso_c",
+    base: BaseUse::Required,
+    models: (1, usize::MAX),
+    parameters: &[LAMBDA],
+    build: |arguments| Ok(Box::new(Iso::new(arguments, None))),
+};
+
+pub(super) static ISO_CTS: Definition = Definition {
+    name: "iso_cts",
+    base: BaseUse::Required,
+    models: (1, usize::MAX),
+    parameters: &[LAMBDA, ParameterSpec::number("common", Range::Unit)],
+    build: |arguments| Ok(Box::new(Iso::new(arguments, Some(arguments.number("common", 0.8))))),
+};
+
+#[derive(Debug)]
+struct Iso {
+    lambda: f64,
+    /// Share of the common space, where tasks have spaces of their own.
+    common: Option<f64>,
+    matrix: bool,
+}
+
+impl Iso {
+    fn new(arguments: &Arguments<'_>, common: Option<f64>) -> Self {
+        Self { lambda: arguments.number("lambda", 1.0), common, matrix: arguments.shape().len() == 2 }
+    }
+}
+
+/// `base + λ · mean of the task vectors`.
+pub(super) fn mean_of_tasks(piece: &Piece<'_>, lambda: f64, out: &mut [f32]) {
+    let models = piece.models();
+    super::gram::combine(piece, &vec![lambda / models as f64; models], true, out);
+}
+
+impl Elementwise for Iso {
+    fn task_vectors(&self) -> bool {
+        true
+    }
+
+    fn whole(&self) -> Option<&dyn WholeTensor> {
+        self.matrix.then_some(self)
+    }
+
+    fn merge(&self, piece: &mut Piece<'_>, _known: &Known, out: &mut [f32]) {
+        mean_of_tasks(piece, self.lambda, out);
+    }
+}
+
+impl WholeTensor for Iso {
+    fn reads(&self) -> u64 {
+        if self.common.is_some() { 2 } else { 1 }
+    }
+
+    fn memory_bytes(&self, shape: BlockShape, _models: usize) -> u64 {
+        let (m, n) = (shape.out_features as u64, shape.in_features as u64);
+        let side = m.min(n);
+        let vectors = if self.common.is_some() { 3 * side * (m + n) } else { 0 };
+        8 * (3 * m * n + vectors + gram_values(side))
+    }
+
+    fn flops(&self, shape: BlockShape, models: usize) -> f64 {
+        let (m, n) = (shape.out_features as f64, shape.in_features as f64);
+        let side = m.min(n);
+        let decompositions = if self.common.is_some() { models as f64 + 3.0 } else { 1.0 };
+        decompositions * (4.0 * m * n * side + 9.0 * side.powi(3))
+    }
+
+    fn merge_whole(
+        &self,
+        shape: BlockShape,
+        models: usize,
+        read: &mut ReadTask<'_>,
+        threading: Threading,
+        out: &mut [f64],
+    ) -> Result<(), WholeError> {
+        let (m, n) = (shape.out_features, shape.in_features);
+        let side = m.min(n);
+        let mut task = Buffer::<f64>::zeroed(m * n);
+        out.fill(0.0);
+        for i in 0..models {
+            read(i, &mut task)?;
+            for (o, t) in out.iter_mut().zip(&*task) {
+                *o += t;
+            }
+        }
+        let Some(share) = self.common else {
+            drop(task);
+            let sum = orthonormalise(out, m, n, threading)?;
+            let scale = self.lambda * sum / side.max(1) as f64;
+            out.iter_mut().for_each(|v| *v *= scale);
+            return Ok(());
+        };
+        // So many that the rest is the same for every task.
+        let common = (share * side as f64) as usize;
+        let each = (side - common) / models;
+        let common = side - each * models;
+        let (mut left, mut right) = (Buffer::<f64>::zeroed(side * m), Buffer::<f64>::zeroed(side * n));
+        let leading = svd(out, m, n, common, threading)?;
+        let own = each * models;
+        left[own * m..].copy_from_slice(&leading.left);
+        right[own * n..].copy_from_slice(&leading.right);
+        let mut sum: f64 = leading.values.iter().sum();
+        drop(leading.right);
+        for i in 0..if each > 0 { models } else { 0 } {
+            read(i, &mut task)?;
+            // τ ← τ - Uᵀ(U·τ), U the common left vectors as rows.
+            let u = mat(&leading.left, common, m);
+            let mut inner = Buffer::<f64>::zeroed(common * n);
+            gemm(mat_mut(&mut inner, common, n), false, u, mat(&task, m, n), 1.0, threading);
+            gemm(mat_mut(&mut task, m, n), true, u.transpose(), mat(&inner, common, n), -1.0, threading);
+            drop(inner);
+            let triples = svd(&task, m, n, each, threading)?;
+            left[i * each * m..(i + 1) * each * m].copy_from_slice(&triples.left);
+            right[i * each * n..(i + 1) * each * n].copy_from_slice(&triples.right);
+            sum += triples.values.iter().sum::<f64>();
+        }
+        drop(task);
+        orthonormalise(&mut left, side, m, threading)?;
+        orthonormalise(&mut right, side, n, threading)?;
+        let value = self.lambda * sum / side.max(1) as f64;
+        recompose(&mut left, &right, &vec![value; side], m, n, threading, out);
+        Ok(())
+    }
+}

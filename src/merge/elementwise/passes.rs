@@ -1,0 +1,721 @@
+//! Runs a method's passes and its merge over one tensor, piece by piece.
+//!
+//! A piece is [`PIECE`] elements, or as many whole rows; a worker holds the models' values of one piece. A tensor of a
+//! single piece is read once and kept for all passes. Partial sums are made over stretches of pieces that depend on the
+//! shape alone and added in order; histograms are counts. The bytes that come out therefore depend on nothing else.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::order::{self, HISTOGRAM_BYTES, Lower, Upper, Window};
+use super::{Counts, Elementwise, MethodStart, OrderStatistic, PIECE, Pass};
+use crate::kernel::{Buffer, Threading, vector};
+use crate::merge::{BlockContext, MergeError};
+
+/// Pieces of one stretch of a merge: their output is handed on together.
+const STRETCH: usize = 8;
+/// Pieces of one partial sum.
+const SUM_STRETCH: usize = 64;
+/// Most partial sums of a pass with many of them (one a column, say).
+const MOST_WIDE_STRETCHES: usize = 16;
+/// Most ranks of one column.
+const MOST_RANKS: u64 = 3;
+/// More sums than this are many.
+const WIDE: usize = 256;
+
+/// What the passes so far have found.
+#[derive(Debug, Clone, Default)]
+pub struct Known {
+    passes: Vec<Found>,
+}
+
+#[derive(Debug, Clone)]
+enum Found {
+    Sums(Vec<f64>),
+    Order(Vec<Vec<OrderStatistic>>),
+    Trim(Vec<Window>),
+}
+
+impl Known {
+    /// The sums of a [`Pass::Sums`].
+    pub fn sums(&self, pass: usize) -> &[f64] {
+        match self.passes.get(pass) {
+            Some(Found::Sums(sums)) => sums,
+            _ => &[],
+        }
+    }
+
+    /// One column's statistics of a [`Pass::Order`], in the order of its ranks.
+    pub fn order(&self, pass: usize, column: usize) -> &[OrderStatistic] {
+        match self.passes.get(pass) {
+            Some(Found::Order(columns)) => columns.get(column).map_or(&[], |c| c),
+            _ => &[],
+        }
+    }
+
+    /// The windows that trim each model, if there are any.
+    fn windows(&self) -> Option<(usize, &[Window])> {
+        self.passes.iter().enumerate().find_map(|(k, found)| match found {
+            Found::Trim(windows) => Some((k, &windows[..])),
+            _ => None,
+        })
+    }
+}
+
+/// A stretch of a tensor's elements: the values of all models in f32.
+pub struct Piece<'a> {
+    first: usize,
+    len: usize,
+    base: &'a [f32],
+    models: &'a mut [f32],
+}
+
+impl<'a> Piece<'a> {
+    /// Of values in memory: `models` holds those of every model, one after the other, `base` the base's or nothing. For
+    /// tests of a method without files.
+    pub fn new(first: usize, len: usize, base: &'a [f32], models: &'a mut [f32]) -> Self {
+        Self { first, len, base, models }
+    }
+
+    /// Flat index of the first element in the tensor.
+    pub fn first(&self) -> usize {
+        self.first
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Number of models.
+    pub fn models(&self) -> usize {
+        self.models.len().checked_div(self.len).unwrap_or(0)
+    }
+
+    /// The base's values; empty without one.
+    pub fn base(&self) -> &[f32] {
+        self.base
+    }
+
+    /// A model's values, or its task vector's.
+    pub fn model(&self, i: usize) -> &[f32] {
+        &self.models[i * self.len..(i + 1) * self.len]
+    }
+
+    /// The same to be changed: the method's own copy.
+    pub fn model_mut(&mut self, i: usize) -> &mut [f32] {
+        &mut self.models[i * self.len..(i + 1) * self.len]
+    }
+}
+
+/// The cut of one tensor.
+#[derive(Debug, Clone, Copy)]
+struct Cut {
+    elements: usize,
+    piece: usize,
+}
+
+impl Cut {
+    fn new(elements: usize, method: &dyn Elementwise) -> Self {
+        let piece = match method.row_length() {
+            None => PIECE,
+            Some(row) => (PIECE / row.max(1)).max(1) * row.max(1),
+        };
+        Self { elements, piece: piece.min(elements.max(1)) }
+    }
+
+    fn pieces(self) -> usize {
+        self.elements.div_ceil(self.piece)
+    }
+
+    fn range(self, piece: usize) -> Range<usize> {
+        piece * self.piece..((piece + 1) * self.piece).min(self.elements)
+    }
+
+    /// Pieces of one partial sum, from the shape and the number of sums alone.
+    fn sum_stretch(self, count: usize) -> usize {
+        if count > WIDE { self.pieces().div_ceil(MOST_WIDE_STRETCHES).max(1) } else { SUM_STRETCH }
+    }
+}
+
+/// Times a pass reads the data.
+fn reads(pass: Pass) -> u64 {
+    if matches!(pass, Pass::Sums { .. }) { 1 } else { 2 }
+}
+
+/// Reads of a tensor of so many elements, the merge included. A whole model's passes are counted like a tensor's.
+pub(crate) fn passes_over(method: &dyn Elementwise, elements: usize) -> u64 {
+    let passes: u64 = method.passes().into_iter().map(reads).sum();
+    if Cut::new(elements, method).pieces() <= 1 && !method.whole_model() { 1 } else { 1 + passes }
+}
+
+/// Peak bytes that a tensor's merge holds on so many workers and, with `passes`, what its passes hold.
+pub(crate) fn memory_bytes(start: &MethodStart, elements: usize, workers: usize, passes: bool) -> u64 {
+    let method = &*start.method;
+    let cut = Cut::new(elements, method);
+    let (piece, models) = (cut.piece as u64, start.models.len() as u64);
+    // The only piece is kept beside the working copy and selected from in memory, except for a whole model's passes.
+    let single = cut.pieces() <= 1;
+    let histograms = !single || method.whole_model();
+    let workers = workers.min(cut.pieces().max(1)) as u64;
+    // Values, scores, what a method makes beside them, and a stretch of output; rows ask for an order of a row.
+    let values = (models + 1) * if single { 2 } else { 1 } + 5;
+    let stretch = if single { 1 } else { STRETCH as u64 };
+    let row = method.row_length().map_or(0, |row| 8 * row as u64);
+    let worker = (values + stretch) * piece * 4 + row;
+    let counters = if workers > 1 { workers + 1 } else { 1 };
+    let mut most = 0;
+    for pass in if passes { method.passes() } else { Vec::new() } {
+        most = most.max(match pass {
+            Pass::Sums { count } => {
+                let stretches = cut.pieces().div_ceil(cut.sum_stretch(count)).max(1) as u64;
+                (stretches + 1) * count as u64 * 8
+            }
+            // A column's few ranks lie in different buckets.
+            Pass::Order { columns } if histograms => MOST_RANKS * columns as u64 * HISTOGRAM_BYTES * counters,
+            Pass::Trim { columns } if histograms => 2 * columns as u64 * HISTOGRAM_BYTES * counters,
+            Pass::Order { .. } | Pass::Trim { .. } => piece * 4,
+        });
+    }
+    worker * workers + most
+}
+
+/// One worker's buffers.
+struct Slot {
+    base: Buffer<f32>,
+    models: Buffer<f32>,
+    scores: Buffer<f32>,
+    bytes: Vec<u8>,
+}
+
+/// A tensor being merged.
+struct Run<'a> {
+    context: &'a BlockContext<'a>,
+    start: &'a MethodStart,
+    cut: Cut,
+    /// The only piece, read once: base and models, task vectors already.
+    kept: Option<(Buffer<f32>, Buffer<f32>)>,
+}
+
+impl<'a> Run<'a> {
+    fn new(context: &'a BlockContext<'a>, start: &'a MethodStart) -> Result<Self, MergeError> {
+        let cut = Cut::new(context.shape.elements(), &*start.method);
+        let mut run = Self { context, start, cut, kept: None };
+        if cut.pieces() <= 1 {
+            let mut slot = run.slot();
+            run.read(0..cut.elements, &mut slot)?;
+            run.kept = Some((slot.base, slot.models));
+        }
+        Ok(run)
+    }
+
+    fn slot(&self) -> Slot {
+        let piece = self.cut.piece;
+        let base = if self.start.base.is_some() { piece } else { 0 };
+        Slot {
+            base: Buffer::zeroed(base),
+            models: Buffer::zeroed(piece * self.start.models.len()),
+            scores: Buffer::zeroed(piece),
+            bytes: Vec::new(),
+        }
+    }
+
+    /// Values of all models, or their differences from the base.
+    fn read(&self, range: Range<usize>, slot: &mut Slot) -> Result<(), MergeError> {
+        let inputs = self.context.inputs;
+        let len = range.len();
+        let mut read = |source, out: &mut [f32]| {
+            let meta = inputs
+                .tensor(source, self.context.tensor)
+                .expect("a recipe names a checkpoint only where it has the tensor");
+            inputs.read(source, meta, range.clone(), out, &mut slot.bytes, self.context.tally)
+        };
+        if let Some(base) = self.start.base {
+            read(base, &mut slot.base[..len])?;
+        }
+        for (source, out) in self.start.models.iter().zip(slot.models.chunks_mut(len.max(1))) {
+            read(*source, &mut out[..len])?;
+            if self.start.method.task_vectors() {
+                let base = &slot.base[..len];
+                vector::dispatch(
+                    #[inline(always)]
+                    || {
+                        for (x, b) in out[..len].iter_mut().zip(base) {
+                            *x -= *b;
+                        }
+                    },
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// One piece, trimmed as far as windows are known.
+    fn load<'s>(
+        &self,
+        piece: usize,
+        slot: &'s mut Slot,
+        known: &Known,
+        line: Option<&Line>,
+    ) -> Result<(Piece<'s>, &'s mut [f32]), MergeError> {
+        let loaded = self.load_in_line(piece, slot, known, line);
+        if let (Err(_), Some(line)) = (&loaded, line) {
+            // Those behind must not wait for it.
+            line.failed.store(true, Ordering::Relaxed);
+        }
+        loaded
+    }
+
+    fn load_in_line<'s>(
+        &self,
+        piece: usize,
+        slot: &'s mut Slot,
+        known: &Known,
+        line: Option<&Line>,
+    ) -> Result<(Piece<'s>, &'s mut [f32]), MergeError> {
+        if self.context.cancel.load(Ordering::Relaxed) {
+            return Err(MergeError::Cancelled);
+        }
+        let range = self.cut.range(piece);
+        let len = range.len();
+        match &self.kept {
+            Some((base, models)) => {
+                slot.base.copy_from_slice(base);
+                slot.models.copy_from_slice(models);
+            }
+            None => self.read(range.clone(), slot)?,
+        }
+        let base = if self.start.base.is_some() { &slot.base[..len] } else { &[] };
+        let mut loaded = Piece {
+            first: range.start,
+            len,
+            base,
+            models: &mut slot.models[..len * self.start.models.len()],
+        };
+        let scores = &mut slot.scores[..len];
+        if let Some((pass, windows)) = known.windows() {
+            let method = &*self.start.method;
+            let joint = windows.len() == 1 && loaded.models() > 1;
+            let before = match line {
+                None => vec![[0, 0]; windows.len()],
+                Some(line) => {
+                    let mut own = Vec::with_capacity(windows.len());
+                    for (column, window) in windows.iter().enumerate() {
+                        method.scores(pass, column, &loaded, known, scores);
+                        own.push(window.equals(scores));
+                    }
+                    line.pass(piece, &own, self.context.cancel)?
+                }
+            };
+            for (column, (window, before)) in windows.iter().zip(before).enumerate() {
+                if window.keeps_all() {
+                    continue;
+                }
+                method.scores(pass, column, &loaded, known, scores);
+                let models = if joint { 0..loaded.models() } else { column..column + 1 };
+                for model in models {
+                    window.apply(scores, before, loaded.model_mut(model));
+                }
+            }
+        }
+        Ok((loaded, scores))
+    }
+
+    fn workers(&self, stretch: usize) -> usize {
+        match self.context.threading {
+            Threading::Sequential => 1,
+            Threading::Parallel => {
+                rayon::current_num_threads().min(self.cut.pieces().div_ceil(stretch)).max(1)
+            }
+        }
+    }
+
+    /// Hands stretches of `stretch` pieces to the workers in order; gives back what each worker made.
+    fn sweep<S: Send>(
+        &self,
+        stretch: usize,
+        init: impl Fn() -> S + Sync,
+        work: impl Fn(&mut S, &mut Slot, Range<usize>) -> Result<(), MergeError> + Sync,
+    ) -> Result<Vec<S>, MergeError> {
+        let pieces = self.cut.pieces();
+        let next = AtomicUsize::new(0);
+        let failed = AtomicBool::new(false);
+        let worker = || -> Result<S, MergeError> {
+            let mut state = init();
+            let mut slot = self.slot();
+            loop {
+                let first = next.fetch_add(1, Ordering::Relaxed) * stretch;
+                if first >= pieces || failed.load(Ordering::Relaxed) {
+                    return Ok(state);
+                }
+                let done = work(&mut state, &mut slot, first..(first + stretch).min(pieces));
+                if let Err(error) = done {
+                    failed.store(true, Ordering::Relaxed);
+                    return Err(error);
+                }
+            }
+        };
+        let workers = self.workers(stretch);
+        if workers == 1 {
+            return Ok(vec![worker()?]);
+        }
+        let results = Mutex::new(Vec::with_capacity(workers));
+        rayon::scope(|scope| {
+            for _ in 0..workers {
+                scope.spawn(|_| {
+                    let result = worker();
+                    results.lock().unwrap_or_else(PoisonError::into_inner).push(result);
+                });
+            }
+        });
+        // A worker that only stopped because another failed must not hide why.
+        let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+        results.sort_by_key(|r| matches!(r, Ok(_) | Err(MergeError::Cancelled)));
+        results.into_iter().collect()
+    }
+
+    fn line(&self, known: &Known) -> Option<Line> {
+        let (_, windows) = known.windows()?;
+        windows.iter().any(|w| w.in_order).then(|| Line::new(windows.len()))
+    }
+
+    fn sums(&self, pass: usize, count: usize, known: &Known) -> Result<Vec<f64>, MergeError> {
+        let line = self.line(known);
+        let stretch = if line.is_some() { 1 } else { self.cut.sum_stretch(count) };
+        let parts = self.sweep(stretch, Vec::new, |parts: &mut Vec<(usize, Vec<f64>)>, slot, pieces| {
+            let at = pieces.start;
+            let mut sums = vec![0.0; count];
+            for piece in pieces {
+                let (mut piece, _) = self.load(piece, slot, known, line.as_ref())?;
+                self.start.method.sums(pass, &mut piece, known, &mut sums);
+            }
+            parts.push((at, sums));
+            Ok(())
+        })?;
+        let mut parts: Vec<_> = parts.into_iter().flatten().collect();
+        parts.sort_unstable_by_key(|p| p.0);
+        let mut total = vec![0.0; count];
+        for (_, part) in parts {
+            for (total, part) in total.iter_mut().zip(part) {
+                *total += part;
+            }
+        }
+        Ok(total)
+    }
+
+    /// Counts the scores of all columns for which `wanted`, into `total`; workers beside the first count on their own.
+    fn count<C: Send + Sync>(
+        &self,
+        pass: usize,
+        known: &Known,
+        total: &mut [C],
+        counting: &Counting<'_, C>,
+    ) -> Result<(), MergeError> {
+        let line = self.line(known);
+        let stretch = if line.is_some() { 1 } else { STRETCH };
+        let work = |counts: &mut [C], slot: &mut Slot, pieces: Range<usize>| {
+            for piece in pieces {
+                let (piece, scores) = self.load(piece, slot, known, line.as_ref())?;
+                for (column, counts) in counts.iter_mut().enumerate() {
+                    if (counting.wanted)(column) {
+                        self.start.method.scores(pass, column, &piece, known, scores);
+                        (counting.add)(counts, scores);
+                    }
+                }
+            }
+            Ok(())
+        };
+        if self.workers(stretch) == 1 {
+            return work(total, &mut self.slot(), 0..self.cut.pieces());
+        }
+        let columns = total.len();
+        let parts = self.sweep(
+            stretch,
+            || (0..columns).map(|column| (counting.new)(column)).collect::<Vec<C>>(),
+            |counts, slot, pieces| work(counts, slot, pieces),
+        )?;
+        for part in parts {
+            for (total, part) in total.iter_mut().zip(&part) {
+                (counting.merge)(total, part);
+            }
+        }
+        Ok(())
+    }
+
+    /// Order statistics of a tensor in memory.
+    fn select(&self, pass: usize, kind: Pass, known: &Known) -> Result<Found, MergeError> {
+        let mut slot = self.slot();
+        let (piece, scores) = self.load(0, &mut slot, known, None)?;
+        let method = &*self.start.method;
+        let (Pass::Order { columns } | Pass::Trim { columns }) = kind else {
+            return Ok(Found::Sums(Vec::new()));
+        };
+        let mut keys = Vec::with_capacity(scores.len());
+        let mut wanted = Wanted::new(kind, columns);
+        for column in 0..columns {
+            method.scores(pass, column, &piece, known, scores);
+            let zeros = scores.iter().filter(|s| **s == 0.0).count() as u64;
+            let elements = scores.len() as u64;
+            let ranks = wanted.ranks(method, pass, column, Counts { elements, nonzero: elements - zeros });
+            keys.clear();
+            keys.extend(scores.iter().map(|s| order::key(*s)));
+            let found = ranks.into_iter().map(|rank| order::select(&mut keys, rank)).collect();
+            wanted.found(column, elements, found);
+        }
+        Ok(wanted.finish())
+    }
+}
+
+/// How one kind of histogram is made, filled and added.
+struct Counting<'a, C> {
+    new: &'a (dyn Fn(usize) -> C + Sync),
+    add: fn(&mut C, &[f32]),
+    merge: fn(&mut C, &C),
+    /// Columns that are counted at all.
+    wanted: &'a (dyn Fn(usize) -> bool + Sync),
+}
+
+/// What an order pass asks for, column by column, and what it gets.
+struct Wanted {
+    kind: Pass,
+    kept: Vec<super::Kept>,
+    order: Vec<Vec<OrderStatistic>>,
+    windows: Vec<Window>,
+}
+
+impl Wanted {
+    fn new(kind: Pass, columns: usize) -> Self {
+        Self {
+            kind,
+            kept: vec![super::Kept::All; columns],
+            order: vec![Vec::new(); columns],
+            windows: vec![Window::ALL; columns],
+        }
+    }
+
+    fn ranks(&mut self, method: &dyn Elementwise, pass: usize, column: usize, counts: Counts) -> Vec<u64> {
+        if matches!(self.kind, Pass::Order { .. }) {
+            let last = counts.elements.saturating_sub(1);
+            let ranks = method.ranks(pass, column, counts);
+            debug_assert!(
+                ranks.len() as u64 <= MOST_RANKS,
+                "memory is planned for {MOST_RANKS} ranks a column"
+            );
+            return ranks.into_iter().map(|r| r.min(last)).collect();
+        }
+        self.kept[column] = method.kept(pass, column, counts);
+        self.kept[column].ranks(counts.elements).map_or_else(Vec::new, |r| r.to_vec())
+    }
+
+    fn found(&mut self, column: usize, elements: u64, found: Vec<OrderStatistic>) {
+        if matches!(self.kind, Pass::Trim { .. }) {
+            let ends = if let [low, high] = found[..] { Some([low, high]) } else { None };
+            self.windows[column] = match (self.kept[column], ends) {
+                (super::Kept::All, _) => Window::ALL,
+                (_, None) => Window::NOTHING,
+                (kept, ends) => kept.window(elements, ends),
+            };
+        } else {
+            self.order[column] = found;
+        }
+    }
+
+    fn finish(self) -> Found {
+        if matches!(self.kind, Pass::Trim { .. }) {
+            Found::Trim(self.windows)
+        } else {
+            Found::Order(self.order)
+        }
+    }
+}
+
+/// Passes over one or more tensors, one after the other: what each pass finds is of all of them together.
+pub(crate) struct ModelPasses<'a> {
+    runs: Vec<Run<'a>>,
+}
+
+impl<'a> ModelPasses<'a> {
+    /// Of the tensors `blocks`, all merged by one method.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub fn new(
+        blocks: impl IntoIterator<Item = (&'a BlockContext<'a>, &'a MethodStart)>,
+    ) -> Result<Self, MergeError> {
+        let mut runs = Vec::new();
+        for (context, start) in blocks {
+            let cut = Cut::new(context.shape.elements(), &*start.method);
+            runs.push(Run { context, start, cut, kept: None });
+        }
+        Ok(Self { runs })
+    }
+
+    /// Runs every pass.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub fn run(&self) -> Result<Known, MergeError> {
+        let mut known = Known::default();
+        let Some(first) = self.runs.first() else { return Ok(known) };
+        for (pass, kind) in first.start.method.passes().into_iter().enumerate() {
+            let found = match kind {
+                Pass::Sums { count } => {
+                    let mut total = vec![0.0; count];
+                    for run in &self.runs {
+                        for (total, part) in total.iter_mut().zip(run.sums(pass, count, &known)?) {
+                            *total += part;
+                        }
+                    }
+                    Found::Sums(total)
+                }
+                Pass::Order { .. } | Pass::Trim { .. } if self.runs.len() == 1 && first.kept.is_some() => {
+                    first.select(pass, kind, &known)?
+                }
+                Pass::Order { columns } | Pass::Trim { columns } => {
+                    self.order(pass, kind, columns, &known)?
+                }
+            };
+            known.passes.push(found);
+        }
+        Ok(known)
+    }
+
+    fn order(&self, pass: usize, kind: Pass, columns: usize, known: &Known) -> Result<Found, MergeError> {
+        let method = &*self.runs[0].start.method;
+        let mut upper: Vec<Upper> = (0..columns).map(|_| Upper::new()).collect();
+        let counting =
+            Counting { new: &|_| Upper::new(), add: Upper::add, merge: Upper::merge, wanted: &|_| true };
+        for run in &self.runs {
+            run.count(pass, known, &mut upper, &counting)?;
+        }
+        let mut wanted = Wanted::new(kind, columns);
+        let mut places: Vec<Vec<(u64, u16, u64)>> = Vec::with_capacity(columns);
+        for (column, upper) in upper.iter().enumerate() {
+            let elements = upper.total();
+            let ranks =
+                wanted.ranks(method, pass, column, Counts { elements, nonzero: elements - upper.zeros });
+            places.push(
+                ranks
+                    .into_iter()
+                    .map(|rank| {
+                        let (bucket, below) = upper.bucket(rank);
+                        (rank, bucket, below)
+                    })
+                    .collect(),
+            );
+        }
+        let elements: Vec<u64> = upper.iter().map(Upper::total).collect();
+        drop(upper);
+        let buckets: Vec<Vec<u16>> =
+            places.iter().map(|p| p.iter().map(|(_, bucket, _)| *bucket).collect()).collect();
+        let mut lower: Vec<Lower> = buckets.iter().map(|b| Lower::new(b.clone())).collect();
+        if buckets.iter().any(|b| !b.is_empty()) {
+            let counting = Counting {
+                new: &|column: usize| Lower::new(buckets[column].clone()),
+                add: Lower::add,
+                merge: Lower::merge,
+                wanted: &|column: usize| !buckets[column].is_empty(),
+            };
+            for run in &self.runs {
+                run.count(pass, known, &mut lower, &counting)?;
+            }
+        }
+        for (column, places) in places.into_iter().enumerate() {
+            let found = places
+                .into_iter()
+                .map(|(rank, bucket, below)| lower[column].statistic(bucket, below, rank))
+                .collect();
+            wanted.found(column, elements[column], found);
+        }
+        Ok(wanted.finish())
+    }
+}
+
+/// Takes a stretch of a result: index of its first element, and the values.
+pub(crate) type Emit<'a> = dyn Fn(usize, &[f32]) -> Result<(), MergeError> + Sync + 'a;
+
+/// Merges one tensor; `given` are a whole model's quantities. `emit` takes stretches of the result, from many threads.
+///
+/// # Errors
+/// Those of reading and of `emit`.
+pub(crate) fn merge(
+    context: &BlockContext<'_>,
+    start: &MethodStart,
+    given: Option<&Known>,
+    emit: &Emit<'_>,
+) -> Result<(), MergeError> {
+    let passes = ModelPasses { runs: vec![Run::new(context, start)?] };
+    let found;
+    let known = match given {
+        Some(known) => known,
+        None => {
+            found = passes.run()?;
+            &found
+        }
+    };
+    let run = &passes.runs[0];
+    let line = run.line(known);
+    let stretch = if line.is_some() { 1 } else { STRETCH };
+    let capacity = (stretch * run.cut.piece).min(run.cut.elements);
+    run.sweep(
+        stretch,
+        || Buffer::<f32>::zeroed(capacity),
+        |out, slot, pieces| {
+            let range = run.cut.range(pieces.start).start..run.cut.range(pieces.end - 1).end;
+            let out = &mut out[..range.len()];
+            let mut done = 0;
+            for piece in pieces {
+                let (mut piece, _) = run.load(piece, slot, known, line.as_ref())?;
+                let len = piece.len();
+                start.method.merge(&mut piece, known, &mut out[done..done + len]);
+                done += len;
+            }
+            emit(range.start, out)
+        },
+    )
+    .map(|_| ())
+}
+
+/// Counts of equal scores handed from piece to piece, in order.
+struct Line {
+    state: Mutex<(usize, Vec<[u64; 2]>)>,
+    moved: Condvar,
+    failed: AtomicBool,
+}
+
+impl Line {
+    fn new(columns: usize) -> Self {
+        let state = Mutex::new((0, vec![[0, 0]; columns]));
+        Self { state, moved: Condvar::new(), failed: AtomicBool::new(false) }
+    }
+
+    /// Waits for the counts before `piece` and adds its own. Pieces are taken in order, so the one waited for runs.
+    fn pass(&self, piece: usize, own: &[[u64; 2]], cancel: &AtomicBool) -> Result<Vec<[u64; 2]>, MergeError> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        while state.0 != piece {
+            if cancel.load(Ordering::Relaxed) || self.failed.load(Ordering::Relaxed) {
+                return Err(MergeError::Cancelled);
+            }
+            state = self
+                .moved
+                .wait_timeout(state, Duration::from_millis(20))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        let before = state.1.clone();
+        for (total, own) in state.1.iter_mut().zip(own) {
+            total[0] += own[0];
+            total[1] += own[1];
+        }
+        state.0 += 1;
+        self.moved.notify_all();
+        Ok(before)
+    }
+}

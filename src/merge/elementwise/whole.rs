@@ -1,0 +1,197 @@
+//! Methods that see a weight as a matrix: singular vectors need all of it.
+//!
+//! Everything is f64 from the models' bytes to the result. Singular vectors come from the eigenvectors of the smaller Gram,
+//! orthonormalisation from its inverse square root, so that errors are those of f64 times the squared condition. Directions whose singular value is below 1e-6 of the largest are null: they stay 0, where the papers' SVD
+//! completes them with arbitrary vectors.
+
+use crate::kernel::{Buffer, Threading, gemm, mat, mat_mut, transpose};
+use crate::merge::MergeError;
+use crate::operator::BlockShape;
+use crate::solve::eigen::{Eigen, NoConvergence};
+
+/// Squared singular values below this share of the largest are null.
+const NULL: f64 = 1e-12;
+
+/// Reads a model's task vector into `[out, in]` f64.
+pub type ReadTask<'a> = dyn FnMut(usize, &mut [f64]) -> Result<(), MergeError> + 'a;
+
+/// Why a weight could not be merged as a matrix.
+#[derive(Debug)]
+pub enum WholeError {
+    /// A model could not be read.
+    Read(MergeError),
+    /// An eigendecomposition failed.
+    Eigen(NoConvergence),
+}
+
+impl From<MergeError> for WholeError {
+    fn from(error: MergeError) -> Self {
+        Self::Read(error)
+    }
+}
+
+impl From<NoConvergence> for WholeError {
+    fn from(error: NoConvergence) -> Self {
+        Self::Eigen(error)
+    }
+}
+
+/// A method on a whole weight.
+pub trait WholeTensor: Sync {
+    /// Times that every model is read.
+    fn reads(&self) -> u64;
+
+    /// Peak bytes, the merged task vector included.
+    fn memory_bytes(&self, shape: BlockShape, models: usize) -> u64;
+
+    /// Floating point operations.
+    fn flops(&self, shape: BlockShape, models: usize) -> f64;
+
+    /// Writes the merged task vector to `out` `[out, in]`.
+    ///
+    /// # Errors
+    /// [`WholeError`].
+    fn merge_whole(
+        &self,
+        shape: BlockShape,
+        models: usize,
+        read: &mut ReadTask<'_>,
+        threading: Threading,
+        out: &mut [f64],
+    ) -> Result<(), WholeError>;
+}
+
+/// Values that [`svd`] and [`orthonormalise`] hold beside their arguments, for a smaller side `s`: the Gram, its
+/// eigenvectors and faer's scratch.
+pub(super) const fn gram_values(side: u64) -> u64 {
+    (2 + Eigen::<f64>::SQUARES as u64) * side * side
+}
+
+/// The smaller Gram of row-major `[rows, columns]`: of the rows where there are no more of them than columns.
+fn small_gram(x: &[f64], rows: usize, columns: usize, threading: Threading) -> Buffer<f64> {
+    let side = rows.min(columns);
+    let mut gram = Buffer::<f64>::zeroed(side * side);
+    let x = mat(x, rows, columns);
+    let (left, right) = if rows <= columns { (x, x.transpose()) } else { (x.transpose(), x) };
+    gemm(mat_mut(&mut gram, side, side), false, left, right, 1.0, threading);
+    // Products of mirrored entries may differ in their last bit; the lower triangle is what is decomposed.
+    gram
+}
+
+/// Leading singular triples, as rows.
+pub(super) struct Triples {
+    /// `[count, rows]`, orthonormal.
+    pub left: Buffer<f64>,
+    /// `[count, columns]`, orthonormal.
+    pub right: Buffer<f64>,
+    /// Descending.
+    pub values: Vec<f64>,
+}
+
+/// The `count` leading singular triples of row-major `[rows, columns]`; vectors of null directions are 0.
+pub(super) fn svd(
+    x: &[f64],
+    rows: usize,
+    columns: usize,
+    count: usize,
+    threading: Threading,
+) -> Result<Triples, NoConvergence> {
+    let side = rows.min(columns);
+    if count == 0 {
+        return Ok(Triples { left: Buffer::zeroed(0), right: Buffer::zeroed(0), values: Vec::new() });
+    }
+    let gram = small_gram(x, rows, columns, threading);
+    let eigen = Eigen::of(mat(&gram, side, side))?;
+    drop(gram);
+    let floor = NULL * eigen.values.last().copied().unwrap_or(0.0);
+    let mut small = Buffer::<f64>::zeroed(count * side);
+    let mut values = Vec::with_capacity(count);
+    for (k, vector) in small.chunks_exact_mut(side.max(1)).enumerate() {
+        let from = side - 1 - k;
+        let square = eigen.values[from];
+        values.push(if square > floor { square.sqrt() } else { 0.0 });
+        if square > floor {
+            vector.copy_from_slice(&eigen.vectors[from * side..(from + 1) * side]);
+        }
+    }
+    // The other side's vectors: Uᵀ·X or Vᵀ·Xᵀ, over σ.
+    let other_side = rows.max(columns);
+    let mut other = Buffer::<f64>::zeroed(count * other_side);
+    let x = mat(x, rows, columns);
+    let x = if rows <= columns { x } else { x.transpose() };
+    gemm(mat_mut(&mut other, count, other_side), false, mat(&small, count, side), x, 1.0, threading);
+    for (vector, value) in other.chunks_exact_mut(other_side.max(1)).zip(&values) {
+        let scale = if *value > 0.0 { 1.0 / value } else { 0.0 };
+        vector.iter_mut().for_each(|v| *v *= scale);
+    }
+    let (left, right) = if rows <= columns { (small, other) } else { (other, small) };
+    Ok(Triples { left, right, values })
+}
+
+/// The nearest matrix with orthonormal rows (or columns, where there are fewer): `X ← (XXᵀ)^(-1/2)·X`, in place. Gives the
+/// sum of the singular values.
+pub(super) fn orthonormalise(
+    x: &mut [f64],
+    rows: usize,
+    columns: usize,
+    threading: Threading,
+) -> Result<f64, NoConvergence> {
+    let side = rows.min(columns);
+    if side == 0 {
+        return Ok(0.0);
+    }
+    let mut gram = small_gram(x, rows, columns, threading);
+    let eigen = Eigen::of(mat(&gram, side, side))?;
+    let floor = NULL * eigen.values.last().copied().unwrap_or(0.0);
+    let mut sum = 0.0;
+    // Rows of Qᵀ times λ^(-1/4): their Gram is the inverse square root.
+    let mut vectors = eigen.vectors;
+    for (row, value) in vectors.chunks_exact_mut(side.max(1)).zip(&eigen.values) {
+        let positive = *value > floor;
+        sum += if positive { value.sqrt() } else { 0.0 };
+        let scale = if positive { value.powf(-0.25) } else { 0.0 };
+        row.iter_mut().for_each(|v| *v *= scale);
+    }
+    let q = mat(&vectors, side, side);
+    gemm(mat_mut(&mut gram, side, side), false, q.transpose(), q, 1.0, threading);
+    let mut product = Buffer::<f64>::zeroed(rows * columns);
+    let root = mat(&gram, side, side);
+    let target = mat_mut(&mut product, rows, columns);
+    if rows <= columns {
+        gemm(target, false, root, mat(x, rows, columns), 1.0, threading);
+    } else {
+        gemm(target, false, mat(x, rows, columns), root, 1.0, threading);
+    }
+    x.copy_from_slice(&product);
+    Ok(sum)
+}
+
+/// `out ← Lᵀ·diag(values)·R` with `[count, rows]` and `[count, columns]`; `left` is overwritten.
+pub(super) fn recompose(
+    left: &mut [f64],
+    right: &[f64],
+    values: &[f64],
+    rows: usize,
+    columns: usize,
+    threading: Threading,
+    out: &mut [f64],
+) {
+    let count = values.len();
+    if count == 0 {
+        out.fill(0.0);
+        return;
+    }
+    for (row, value) in left.chunks_exact_mut(rows.max(1)).zip(values) {
+        row.iter_mut().for_each(|v| *v *= value);
+    }
+    let mut transposed = Buffer::<f64>::zeroed(count * rows);
+    transpose(&left[..count * rows], count, rows, &mut transposed, threading);
+    gemm(
+        mat_mut(out, rows, columns),
+        false,
+        mat(&transposed, rows, count),
+        mat(right, count, columns),
+        1.0,
+        threading,
+    );
+}

@@ -1,0 +1,69 @@
+//! Bytes that must not change: threads, memory, I/O, shards.
+
+use super::World;
+use crate::util::{Merged, Random, Scratch, Tensor};
+
+const HEADS: [&str; 9] = [
+    "merge_method: ties\nbase_model: base\nparameters: { weight: 1, density: 0.3 }",
+    "merge_method: ties\nbase_model: base\nparameters: { weight: 1, density: 0.3, scope: model }",
+    "merge_method: dare_ties\nbase_model: base\nparameters: { weight: 1, density: 0.3 }",
+    "merge_method: della\nbase_model: base\nparameters: { weight: 1, density: 0.4 }",
+    "merge_method: breadcrumbs\nbase_model: base\nparameters: { weight: 1, density: 0.4, gamma: 0.1, rescale: true }",
+    "merge_method: sce\nbase_model: base\nparameters: { select_topk: 0.3 }",
+    "merge_method: nuslerp\nbase_model: base\nparameters: { weight: 1, nuslerp_flatten: false, nuslerp_row_wise: true }",
+    "merge_method: karcher\nbase_model: base",
+    "merge_method: pcb\nbase_model: base",
+];
+
+fn assert_same(a: &Merged, b: &Merged, what: &str) {
+    assert_eq!(a.tensors.keys().collect::<Vec<_>>(), b.tensors.keys().collect::<Vec<_>>());
+    for (name, tensor) in &a.tensors {
+        assert!(tensor.bytes == b.tensors[name].bytes, "{what}: {name} differs");
+    }
+}
+
+#[test]
+fn a_tensor_that_all_threads_share() {
+    // More than 4 Mi elements run on all threads; bf16 has many equal magnitudes.
+    let shape = [2053, 2049];
+    let mut random = Random::new(21);
+    let scratch = Scratch::new();
+    let tensors = |random: &mut Random| {
+        [
+            Tensor::random("large.weight", "BF16", &shape, random),
+            Tensor::random("b.weight", "BF16", &[40, 30], random),
+        ]
+    };
+    for name in ["base", "m0", "m1"] {
+        scratch.model(name, &tensors(&mut random));
+    }
+    for (k, head) in HEADS.iter().enumerate() {
+        let config = World::config(head, &["", ""]);
+        let one = scratch.merge(&config, &format!("one-{k}"), &["--threads", "1"]);
+        let least = scratch.plan(&config, &["--threads", "3"])["least_memory_bytes"].to_string();
+        let flags = ["--threads", "3", "--max-memory", &least, "--io", "pread"];
+        let three = scratch.merge(&config, &format!("three-{k}"), &flags);
+        assert_same(&one, &three, head);
+        let peak = three.report["peak_anonymous_bytes"].as_u64().expect("measured");
+        assert!(peak <= least.parse().expect("a number"), "{head}: {peak} held, {least} planned");
+    }
+}
+
+#[test]
+fn shards_do_not_matter() {
+    for dtype in ["F32", "BF16"] {
+        let world = World::new(dtype, 22);
+        for (k, model) in world.models.iter().enumerate() {
+            world.scratch.sharded_model(&format!("sharded/m{k}"), model, 3);
+        }
+        world.scratch.model("sharded/base", &world.base);
+        for (k, head) in HEADS.iter().enumerate() {
+            let plain = world.scratch.merge(&World::config(head, &["", ""]), &format!("plain-{k}"), &[]);
+            let config = World::config(head, &["", ""]).replace("model: m", "model: sharded/m");
+            let config = config.replace("base_model: base", "base_model: sharded/base");
+            let flags = ["--out-shard-size", "100000"];
+            let sharded = world.scratch.merge(&config, &format!("sharded-{k}"), &flags);
+            assert_same(&plain, &sharded, head);
+        }
+    }
+}
