@@ -21,6 +21,9 @@ from torch import Tensor
 from .errors import CollectError
 from .tokens import IGNORED
 
+# Rows from which on a product runs at about full speed.
+FAST_TOKENS = 256
+
 
 @dataclass
 class Example:
@@ -173,12 +176,15 @@ def batch_of(examples: Sequence[Example], pad: int) -> Dict[str, Tensor]:
 def into_batches(examples: Sequence[Example], batch_tokens: int, pad: int) -> List[Dict[str, Tensor]]:
     """Batches of at most `batch_tokens` padded tokens (one example at least), the longest examples first.
 
-    So padding is little, and the first batch is the one that needs the most memory.
+    The first batch is the one that needs the most memory. Once a batch is large enough for fast products, an example
+    that would be padded by a third of its length begins another.
     """
     batches: List[Dict[str, Tensor]] = []
     batch: List[Example] = []
     for example in sorted(examples, key=lambda e: (-e.length, e.id)):
-        if batch and (len(batch) + 1) * batch[0].length > batch_tokens:
+        tokens = len(batch) * batch[0].length if batch else 0
+        padded = tokens >= FAST_TOKENS and 4 * example.length < 3 * batch[0].length
+        if batch and (padded or tokens + batch[0].length > batch_tokens):
             batches.append(batch_of(batch, pad))
             batch = []
         batch.append(example)
