@@ -5,6 +5,7 @@
 #   benches/t5_large.sh
 #
 # MATS_BENCH_LAYERS   blocks of the encoder, and of the decoder (24); 24 take 31 GB of disk
+# MATS_BENCH_HIDDEN   d_model (1024); d_ff is 2.75 times it
 # MATS_BENCH_MODELS   fine-tuned models (8)
 # MATS_BENCH_MEMORY   --max-memory of the merge (8GiB)
 # MATS_BENCH_THREADS  --threads of the merge (all)
@@ -16,6 +17,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 layers=${MATS_BENCH_LAYERS:-24}
+hidden=${MATS_BENCH_HIDDEN:-1024}
 models=${MATS_BENCH_MODELS:-8}
 memory=${MATS_BENCH_MEMORY:-8GiB}
 threads=${MATS_BENCH_THREADS:-0}
@@ -27,11 +29,12 @@ bin=$(realpath "${MATS_BENCH_BIN:-$target/release}")
 parent=${MATS_BENCH_DIR:-$target}
 mkdir -p "$parent"
 
-# Millions of bytes: weights of base, models and output; Grams of the models.
+# Millions of bytes at a d_model of 1024: weights of base, models and output; Grams of the models.
 per_layer=$((25 + 34)) # weights of an encoder and a decoder block, in bf16
 grams=$((33 + 41))     # their packed Grams, in bf16
 fixed=132              # embedding and head
 need=$(((models + 2) * (layers * per_layer + fixed) + models * layers * grams))
+need=$((need * hidden / 1024 * hidden / 1024 + (models + 2) * fixed))
 free=$(($(df --output=avail -B1000000 "$parent" | tail -1)))
 if ((free < need + need / 10)); then
     echo "t5_large: $parent has $free MB free, and $need MB are needed with a tenth to spare; set MATS_BENCH_DIR or fewer MATS_BENCH_LAYERS" >&2
@@ -42,8 +45,8 @@ trap 'rm -rf "$work"' EXIT
 
 echo "making $models models of $layers + $layers blocks, about $need MB"
 started=$EPOCHREALTIME
-"$bin/examples/make_synthetic" --out "$work" --layout t5 --base --models "$models" --hidden 1024 --intermediate 2816 \
-    --layers "$layers" --vocabulary 32128 --statistics kfac > "$work/paths"
+"$bin/examples/make_synthetic" --out "$work" --layout t5 --base --models "$models" --hidden "$hidden" \
+    --intermediate $((hidden * 11 / 4)) --layers "$layers" --vocabulary 32128 --statistics kfac > "$work/paths"
 awk -v a="$started" -v b="$EPOCHREALTIME" 'BEGIN { printf "made in %.0f s\n", b - a }'
 du -ch --apparent-size "$work"/statistics-*.safetensors | awk 'END { print "statistics: " $1 }'
 
@@ -58,7 +61,7 @@ du -ch --apparent-size "$work"/statistics-*.safetensors | awk 'END { print "stat
 } > "$work/merge.yml"
 
 # What was just written must not count as read from memory: evicted, as far as the system allows.
-sync -f "$work"
+find "$work" -name '*.safetensors' -exec sync {} +
 find "$work" -name '*.safetensors' -exec dd if={} iflag=nocache count=0 status=none \;
 
 "$bin/mats-stream" merge "$work/merge.yml" --out "$work/out" --max-memory "$memory" --threads "$threads" --progress plain \
