@@ -436,17 +436,35 @@ impl Resolver<'_> {
     }
 
     fn gram(&self, models: &[SolveModel]) -> Result<Result<System, String>, MergeError> {
+        if let Err(reason) = self.columns(models)? {
+            return Ok(Err(reason));
+        }
+        // A weight stored [in, out] has its sides named as stored: what stands on its columns is no input.
+        let layout = format!("layout:{}", self.name());
+        let transposed = |m: &SolveModel| {
+            let statistics = self.inputs.models[m.model].statistics.as_ref();
+            statistics.and_then(|s| s.metadata().get(&layout)).is_some_and(|l| l == "in,out")
+        };
+        if models.iter().any(transposed) {
+            let reason = "stored [in, out]: its columns are outputs, of which RegMean knows nothing";
+            return Ok(Err(reason.to_owned()));
+        }
+        Ok(Ok(System::Gram(GramKind::Input)))
+    }
+
+    /// Whether every model has the factor of the weight's columns.
+    fn columns(&self, models: &[SolveModel]) -> Result<Result<(), String>, MergeError> {
         let kinds = [Kind::InputGram, Kind::InputFactor];
         if let Some(reason) = self.lacking(models, &kinds) {
             return Ok(Err(reason));
         }
         let [_, input] = self.meta.shape[..] else { return Ok(Err("not a 2-D weight".to_owned())) };
         self.check_side(models, &kinds, input)?;
-        Ok(Ok(System::Gram(GramKind::Input)))
+        Ok(Ok(()))
     }
 
     fn kfac(&self, models: &[SolveModel]) -> Result<Result<System, String>, MergeError> {
-        if let Err(reason) = self.gram(models)? {
+        if let Err(reason) = self.columns(models)? {
             return Ok(Err(reason));
         }
         let kinds = [Kind::OutputGram, Kind::OutputFactor];

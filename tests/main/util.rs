@@ -512,6 +512,12 @@ impl Statistics {
         self.raw(Tensor::f32(&format!("{parameter}/fisher_diagonal"), shape, values))
     }
 
+    /// Any other entry of the metadata.
+    pub fn metadata(mut self, key: &str, value: &str) -> Self {
+        self.aliases.push((key.to_owned(), value.to_owned()));
+        self
+    }
+
     /// `alias:{key}` = `target`.
     pub fn alias(mut self, key: &str, target: &str) -> Self {
         self.aliases.push((format!("alias:{key}"), target.to_owned()));

@@ -477,9 +477,8 @@ fn a_misspelt_method_hears_the_nearest() {
         [("fischer", "fisher"), ("tise", "ties"), ("dare_tie", "dare_ties"), ("iso-c", "iso_c")]
     {
         let message = refused(&format!("merge_method: {word}\nmodels: []"));
-        let head = format!(
-            "1: merge_method: unknown value `{word}` (expected one of linear, task_arithmetic,"
-        );
+        let head =
+            format!("1: merge_method: unknown value `{word}` (expected one of linear, task_arithmetic,");
         assert!(message.contains(&head), "{message}");
         assert!(message.ends_with(&format!("; did you mean `{meant}`?")), "{message}");
     }

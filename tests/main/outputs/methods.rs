@@ -483,6 +483,23 @@ fn unmatched_parameters() {
         .refuse_unread(&world.config("merge_method: regmean\nunmatched: error"), &[EMBEDDING, "unmatched"]);
 }
 
+/// A Conv1D keeps its weight [in, out]; its statistics' sides are named as stored and the metadata says so.
+#[test]
+fn a_transposed_weight_is_no_regmean() {
+    let world = World::new(2, 21);
+    let name = WEIGHTS[0].0;
+    for k in 0..2 {
+        crate::util::Statistics::new()
+            .full(&format!("{name}/input_gram"), 7, &world.input[k][0].data)
+            .metadata(&format!("layout:{name}"), "in,out")
+            .write(&world.scratch, &format!("m{k}.safetensors"));
+    }
+    let merged = world.merge("merge_method: regmean", "out");
+    assert_eq!(merged.values(name), world.mean(name));
+    let note = merged.parameter(name)["note"].as_str().expect("a reason");
+    assert!(note.contains("[in, out]"), "{note}");
+}
+
 #[test]
 fn kfac_with_one_of_its_two_statistics_is_unmatched() {
     let world = World::new(2, 20);
