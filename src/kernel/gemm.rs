@@ -258,7 +258,7 @@ pub fn sandwich<T: Real>(
     let slots = threads.min(scratch.len() / least).max(1);
     let share = scratch.len() / slots;
     // As many rows as there is room for: each pass packs `a` anew.
-    let tile_rows = if share >= m * widest { m } else { share / widest / PANEL * PANEL };
+    let tile_rows = if share >= m * widest { m.max(1) } else { share / widest / PANEL * PANEL };
     let run = |(columns, mut y): (Range<usize>, MatMut<'_, T>), tile: &mut [T]| {
         with_scratch(|pack| {
             let width = columns.len();
@@ -543,7 +543,7 @@ mod tests {
     /// The promise of [`sandwich`]: two products with a tile between them, for any room and any number of threads.
     #[test]
     fn a_sandwich_is_two_products() {
-        for (m, n) in [(1, 1), (30, 50), (700, 600), (1100, 90)] {
+        for (m, n) in [(0, 5), (5, 0), (1, 1), (30, 50), (700, 600), (1100, 90)] {
             let (g, x, a) = (filled::<f32>(m * m, 1), filled::<f32>(m * n, 2), filled::<f32>(n * n, 3));
             let start = filled::<f32>(m * n, 4);
             let mut want = start.clone();
