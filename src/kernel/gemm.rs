@@ -406,7 +406,7 @@ fn lower_rows<T: Real>(
 
 /// `dst` `[columns, rows]` ← `src` `[rows, columns]` transposed, both row-major and compact.
 ///
-/// For left operands: a product copies the columns of a transposed one for every [`GROUP`] strips anew.
+/// For left operands: a product copies the columns of a transposed one for every eight strips anew.
 pub fn transpose<T: Real>(src: &[T], rows: usize, columns: usize, dst: &mut [T], threading: Threading) {
     /// Side of a block: one cache line of f32.
     const BLOCK: usize = 16;

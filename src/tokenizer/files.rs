@@ -72,32 +72,34 @@ impl TokenizerFiles {
     }
 }
 
+/// Files of a tokenizer beside a model's weights.
+pub const TOKENIZER_FILES: [&str; 21] = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "vocab.json",
+    "vocab.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "source.spm",
+    "target.spm",
+    "target_vocab.json",
+    "tekken.json",
+    "qwen.tiktoken",
+    "bpe.codes",
+    "normalizer.json",
+];
+
 /// Whether a file beside the weights belongs to the tokenizer.
 pub fn is_tokenizer_file(name: &str) -> bool {
-    const NAMES: [&str; 21] = [
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "merges.txt",
-        "vocab.json",
-        "vocab.txt",
-        "chat_template.jinja",
-        "chat_template.json",
-        "spiece.model",
-        "spm.model",
-        "sentencepiece.bpe.model",
-        "sentencepiece.model",
-        "source.spm",
-        "target.spm",
-        "target_vocab.json",
-        "tekken.json",
-        "qwen.tiktoken",
-        "bpe.codes",
-        "normalizer.json",
-    ];
-    NAMES.contains(&name)
+    TOKENIZER_FILES.contains(&name)
 }
 
 /// The files that carry a chat template, changed: `tokenizer_config.json` holds it, which every version of transformers

@@ -13,7 +13,7 @@ mod vocabulary;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-pub use files::{TokenizerFiles, is_tokenizer_file, set_chat_template};
+pub use files::{TOKENIZER_FILES, TokenizerFiles, is_tokenizer_file, set_chat_template};
 pub use rows::permute;
 pub use templates::{named_template, template_names};
 pub use vocabulary::{AddedToken, Vocabulary};

@@ -1,6 +1,6 @@
 //! The checksum of a stored tensor: XXH3-128 over the checksums of its 64 KiB pieces.
 //!
-//! The writer makes it from bytes that arrive in any order, at any cut, from any thread ([`Assembler`]); `verify` and a
+//! The writer makes it from bytes that arrive in any order, at any cut, from any thread (`Assembler`); `verify` and a
 //! resumed run make the same from a file read front to back ([`Checksum::of_bytes`]). Dtype and shape enter too, so that a
 //! header that says something else about the same bytes is noticed. Detects damage, not malice: XXH3 is no signature.
 

@@ -15,37 +15,16 @@ use super::fault;
 use super::output_dir::{TEMPORARY_PREFIX, TEMPORARY_SUFFIX};
 use crate::plan::shards::INDEX_NAME;
 use crate::report::REPORT_FILE;
+use crate::tokenizer::TOKENIZER_FILES;
 
 /// A file of the base model longer than this is not taken for a side file.
 const MAX_COPY_BYTES: u64 = 256 << 20;
 
-/// Taken over from the base model where it has them: what mergekit copies, and what other tokenizers and
+/// Taken over from the base model where it has them, beside the tokenizer's: what mergekit copies, and what other
 /// processors of the same models need.
 const COPIED: &[&str] = &[
     "config.json",
     "generation_config.json",
-    // tokenizers
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "vocab.json",
-    "vocab.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "spiece.model",
-    "spm.model",
-    "sentencepiece.bpe.model",
-    "sentencepiece.model",
-    "source.spm",
-    "target.spm",
-    "target_vocab.json",
-    "tekken.json",
-    "qwen.tiktoken",
-    "bpe.codes",
-    "normalizer.json",
     // images, sound, video
     "preprocessor_config.json",
     "processor_config.json",
@@ -106,7 +85,7 @@ impl SideFile {
 /// [`WriteError::SideFileTooLarge`]; [`WriteError::Io`] for a file that cannot be looked at.
 pub fn copy_side_files(base: &Path) -> Result<Vec<SideFile>, WriteError> {
     let mut files = Vec::new();
-    for &name in COPIED {
+    for name in COPIED.iter().chain(&TOKENIZER_FILES).copied() {
         let from = base.join(name);
         // Followed: caches link to their blobs.
         let metadata = match fs::metadata(&from) {
