@@ -17,6 +17,6 @@ pub use json::{
     FILE_NAME as REPORT_FILE, InputFileRecord, InputRecord, OutputFileRecord, ParameterReport, ReportError,
     RoundReport, RunReport, RunSettings, SetupReport, StepReport, UnmergedRecord, read_record,
 };
-pub use peak::{PeakMemory, anonymous_bytes, peak_memory, peak_rss_bytes};
+pub use peak::{PeakMemory, Sampling, anonymous_bytes, peak_anonymous_bytes, peak_memory, peak_rss_bytes};
 pub use progress::{Progress, ProgressMode};
 pub use sweep::{FILE_NAME as SWEEP_FILE, SweepReport, SweepRun};

@@ -18,7 +18,7 @@ use crate::error::Error;
 use crate::merge::{Inputs, MergeError};
 use crate::plan::{Limits, MergePlan};
 use crate::read::IoMode;
-use crate::report::{Progress, ProgressMode, RunReport};
+use crate::report::{Progress, ProgressMode, RunReport, Sampling};
 use crate::stream::{self, BlockReport};
 use crate::write::{CheckpointWriter, OutputDir, SideFile};
 
@@ -188,6 +188,7 @@ pub fn merge_config(
         }));
     }
     let started = Instant::now();
+    let _sampling = Sampling::start();
     let config_hash = record::config_hash(config);
     let paths = input_paths(config);
     let complete = if options.resume { resume::finished(out) } else { None };

@@ -11,7 +11,7 @@ use crate::plan::{Action, BlockPlan, MergePlan};
 use crate::read::{InputFile, IoMode};
 use crate::report::{
     CardModel, InputFileRecord, InputRecord, ModelCard, OutputFileRecord, ParameterReport, RoundReport,
-    RunReport, RunSettings, UnmergedRecord, anonymous_bytes, peak_rss_bytes,
+    RunReport, RunSettings, UnmergedRecord, peak_anonymous_bytes, peak_rss_bytes,
 };
 use crate::stream::BlockReport;
 use crate::tokenizer::is_tokenizer_file;
@@ -116,7 +116,7 @@ pub(super) fn report(
         config_hash: config_hash(config),
         wall_seconds: started.elapsed().as_secs_f64(),
         peak_rss_bytes: peak_rss_bytes(),
-        peak_anonymous_bytes: anonymous_bytes(),
+        peak_anonymous_bytes: peak_anonymous_bytes(),
         bytes_read: blocks.iter().map(|b| b.bytes_read).sum(),
         bytes_written,
         flops: blocks.iter().map(|b| flops(&plan.blocks[b.block], b)).sum(),

@@ -12,7 +12,7 @@ use super::resources::metadata_bytes;
 use crate::config::{ConfigError, MergeConfig, Variant};
 use crate::error::Error;
 use crate::plan::SweepPlan;
-use crate::report::{Progress, SweepReport, SweepRun};
+use crate::report::{Progress, Sampling, SweepReport, SweepRun};
 use crate::stream::{self, BlockReport};
 use crate::write::{OutputDir, SideFile, SweepDir};
 
@@ -46,6 +46,7 @@ pub(super) fn sweep_config(
     cancel: &AtomicBool,
 ) -> Result<SweepSummary, Error> {
     let started = Instant::now();
+    let _sampling = Sampling::start();
     if options.resume {
         let what = "a sweep cannot be continued in this version; empty the directory and start it again";
         return Err(Error::Flag { flag: "--resume", what: what.to_owned() });
