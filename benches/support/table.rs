@@ -63,7 +63,7 @@ impl Results {
                 in_features: problem.shape.in_features,
                 models: problem.models(),
                 ridge,
-                preferred: preferred(problem),
+                preferred: preferred(problem, ridge),
                 whole: traces.iter().map(Trace::total).fold(0.0, f64::max),
                 traces,
             };
@@ -130,9 +130,9 @@ impl Results {
 }
 
 /// As the engine decides on shapes, with its default limit of steps.
-fn preferred(problem: &Problem) -> &'static str {
+fn preferred(problem: &Problem, ridge: f64) -> &'static str {
     const LIMIT: usize = 20;
-    match cost::preferred(problem.shape, problem.models(), LIMIT) {
+    match cost::preferred(problem.shape, problem.models(), LIMIT, ridge) {
         KroneckerKind::Eigen if cost::rotates(problem.shape, problem.models(), LIMIT) => "kronecker rotated",
         kind => kind.name(),
     }

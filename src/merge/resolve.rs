@@ -513,7 +513,7 @@ impl Resolver<'_> {
             };
             SolverChoice::Iterative(Iteration {
                 preconditioner: pcg.then(|| {
-                    let preferred = || self.preconditioner(system, models.len(), max_iterations);
+                    let preferred = || self.preconditioner(system, models.len(), max_iterations, ridge);
                     round.solver.preconditioner.unwrap_or_else(preferred)
                 }),
                 max_iterations,
@@ -525,10 +525,17 @@ impl Resolver<'_> {
     }
 
     /// The preconditioner of a `pcg` that names none.
-    fn preconditioner(&self, system: System, models: usize, max_iterations: usize) -> PreconditionerKind {
+    fn preconditioner(
+        &self,
+        system: System,
+        models: usize,
+        max_iterations: usize,
+        ridge: f64,
+    ) -> PreconditionerKind {
         let [out, input] = self.meta.shape[..] else { return PreconditionerKind::Kronecker };
         match system {
-            System::Kfac => match cost::preferred(BlockShape::new(out, input), models, max_iterations) {
+            System::Kfac => match cost::preferred(BlockShape::new(out, input), models, max_iterations, ridge)
+            {
                 KroneckerKind::Cholesky => PreconditionerKind::KroneckerCholesky,
                 _ => PreconditionerKind::Kronecker,
             },

@@ -37,14 +37,16 @@ pub fn rotates(shape: BlockShape, models: usize, max_iterations: usize) -> bool 
 }
 
 /// The form for a K-FAC block where the config names none: the eigenbases, whose ridge is exact, unless damped Cholesky
-/// factors come out at least a fifth cheaper, set-up included, as they do where one side is long.
+/// factors come out at least a fifth cheaper, set-up included, as they do where one side is long and the ridge weak.
 ///
 /// Compared in flops at the speed of f32 products on two threads, the fewest that a merge of such blocks is run with: an
-/// eigendecomposition is sequential and counts twice, f64 counts twice. Depends on shapes alone.
-pub fn preferred(shape: BlockShape, models: usize, max_iterations: usize) -> KroneckerKind {
-    /// Steps with the Cholesky form per step with the eigenbases: measured 1.0 to 1.14 on the fixtures; on synthetic long
-    /// layers 1.0 at a ridge of 1e-3 and up to 1.8 at a ridge of 1, where the times to a gap of 1e-3 still were equal.
-    const MORE_STEPS: f64 = 1.15;
+/// eigendecomposition is sequential and counts twice, f64 counts twice. Depends on shapes and the config alone.
+pub fn preferred(shape: BlockShape, models: usize, max_iterations: usize, ridge: f64) -> KroneckerKind {
+    /// A ridge that the factored damping follows closely.
+    const WEAK: f64 = 1e-2;
+    // Steps with the Cholesky form per step with the eigenbases: measured 1.0 to 1.14 at ridges up to 1e-2; at a ridge of
+    // 1, 1.1 on the fixtures, 1.8 on synthetic 512x2048 and 4 on 1024x2816 with 8 models.
+    let more_steps = if ridge <= WEAK { 1.15 } else { 4.0 };
     let (m, n) = (shape.out_features as f64, shape.in_features as f64);
     let (cubes, steps) = (m.powi(3) + n.powi(3), max_iterations.min(EXPECTED_STEPS) as f64);
     let (models, product) = (models as f64, 2.0 * m * n * (m + n));
@@ -53,7 +55,7 @@ pub fn preferred(shape: BlockShape, models: usize, max_iterations: usize) -> Kro
     } else {
         (18.0 + 2.0 * models) * cubes + steps * (models + 2.0) * product
     };
-    let cholesky = 10.0 / 3.0 * cubes + MORE_STEPS * steps * (models + 1.0) * product;
+    let cholesky = 10.0 / 3.0 * cubes + more_steps * steps * (models + 1.0) * product;
     if cholesky < 0.8 * eigen { KroneckerKind::Cholesky } else { KroneckerKind::Eigen }
 }
 
@@ -121,11 +123,12 @@ mod tests {
     fn long_sides_are_factored_instead_of_diagonalised() {
         for (m, n) in [(1024, 4096), (4096, 1024), (2816, 1024), (768, 3072)] {
             for models in [3, 4, 8] {
-                assert_eq!(preferred(BlockShape::new(m, n), models, 20), KroneckerKind::Cholesky);
+                assert_eq!(preferred(BlockShape::new(m, n), models, 20, 1e-2), KroneckerKind::Cholesky);
+                assert_eq!(preferred(BlockShape::new(m, n), models, 20, 1.0), KroneckerKind::Eigen);
             }
         }
-        assert_eq!(preferred(BlockShape::new(1024, 1024), 4, 20), KroneckerKind::Eigen);
-        assert_eq!(preferred(BlockShape::new(768, 1024), 4, 20), KroneckerKind::Eigen);
+        assert_eq!(preferred(BlockShape::new(1024, 1024), 4, 20, 1e-2), KroneckerKind::Eigen);
+        assert_eq!(preferred(BlockShape::new(768, 1024), 4, 20, 1e-2), KroneckerKind::Eigen);
     }
 
     #[test]
