@@ -16,13 +16,14 @@ use rayon::prelude::*;
 use super::micro::{Kernel, MAX_ROWS};
 use super::{Buffer, PANEL, Real, panels};
 
-/// Strips of the right operand that are packed at once: 768 KiB. Measured best of 4 to 12 with 2 MiB of cache.
+/// Strips of the right operand that are packed at once: 768 KiB, for second-level caches of 1 to 2 MiB. In a prototype 6 to
+/// 12 were equal within noise.
 const GROUP: usize = 8;
 /// Values of a scratch for [`GROUP`] strips and a few rows of the left operand, in f64s (an f32 strip is twice as wide).
 const PACK: usize = PANEL * (GROUP * 24 + MAX_ROWS);
 /// Up to so many rows copying the right operand costs more than it saves …
 const UNPACKED_ROWS: usize = 16;
-/// … and where its rows all fit into so few bytes: copies were a tenth of the time at 96x96.
+/// … and where its rows all fit into so few bytes: by flops, copies are about a tenth of the time at 96x96.
 const UNPACKED_BYTES: usize = 128 << 10;
 /// Products of fewer flops stay on their thread.
 const PARALLEL_FLOPS: f64 = 2e6;
