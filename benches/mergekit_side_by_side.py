@@ -1,8 +1,8 @@
 """Times mergekit 0.1.5 and mats-stream on the same models and configs, one after the other, in one run.
 
-    python3 -m venv /tmp/mergekit && /tmp/mergekit/bin/pip install mergekit==0.1.5
+    python3 -m venv mergekit-venv && mergekit-venv/bin/pip install mergekit==0.1.5
     cargo build --release
-    /tmp/mergekit/bin/python benches/mergekit_side_by_side.py DIRECTORY [--gib 1] [--threads 2] [--methods ties,slerp]
+    mergekit-venv/bin/python benches/mergekit_side_by_side.py DIRECTORY [--gib 1] [--threads 2] [--methods ties,slerp]
 
 Makes a base and two models in a Llama's shapes, bf16, of about `--gib` GiB each, in DIRECTORY (kept, and used again by the
 next run), reads all of them once so that the page cache is warm, then merges with each tool in turn. Printed are wall

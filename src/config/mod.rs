@@ -14,6 +14,7 @@ mod parameters;
 mod parse;
 mod schema;
 mod slices;
+mod solver;
 mod sweep;
 mod tokenizer;
 mod yaml;

@@ -9,10 +9,10 @@ use super::error::ConfigError;
 use super::fields::{Field, Scope};
 use super::parameters::{Parameter, ParameterKind, ParameterSpec, ParameterValue, Parameters, Rule};
 use super::schema::{
-    Initial, MergeConfig, Method, ModelEntry, ModelPath, Round, Section, SolverConfig, SolverMethod,
-    StopConfig, Subspace, Unmatched, Words,
+    Initial, MergeConfig, Method, ModelEntry, ModelPath, Round, Section, Subspace, Unmatched, Words,
 };
 use super::slices::{Part, parts};
+use super::solver::{SOLVER_KEYS, solver};
 use super::sweep;
 use super::tokenizer::{chat_template, tokenizer};
 use super::yaml::{Node, Value, join};
@@ -40,8 +40,6 @@ const TOP_KEYS: &[&str] = &[
 ];
 const NESTED_KEYS: &[&str] = &["merge_method", "parameters", "subspace", "initial", "solver", "unmatched"];
 const MODEL_KEYS: &[&str] = &["model", "statistics", "parameters"];
-const SOLVER_KEYS: &[&str] = &["method", "preconditioner", "max_iterations", "tolerance", "ridge", "stop"];
-const STOP_KEYS: &[&str] = &["objective_decrease", "preconditioned_residual", "relative_residual", "seconds"];
 const RULE_KEYS: &[&str] = &["filter", "value"];
 
 /// What every reference to a model is read with.
@@ -641,83 +639,6 @@ fn uniform_weight(round: &Round, model: usize) -> Option<f64> {
         None if round.parameters.is_set("weight") => round.parameters.uniform_number("weight"),
         None => Some(1.0),
     }
-}
-
-fn solver(scope: &Scope<'_>, method: Method, line: usize) -> Result<SolverConfig, ConfigError> {
-    let default = match method {
-        Method::Wudi | Method::Actmat => SolverMethod::Direct,
-        _ => SolverMethod::Auto,
-    };
-    let mut config = SolverConfig {
-        method: default,
-        preconditioner: None,
-        max_iterations: None,
-        tolerance: None,
-        ridge: None,
-        stop: None,
-        line,
-    };
-    let Some(field) = scope.field("solver") else {
-        return Ok(config);
-    };
-    if !method.solves() {
-        return Err(field.not_allowed(format!("`{}` solves nothing, so it has no solver", method.name())));
-    }
-    let solver = field.scope("a mapping, as `{ method: cg }`")?;
-    solver.check_keys(SOLVER_KEYS, |_| None)?;
-    config.line = field.line;
-    if let Some(field) = solver.field("method") {
-        config.method = field.word()?;
-    }
-    if let Some(field) = solver.field("preconditioner") {
-        config.preconditioner = Some(field.word()?);
-        if config.method != SolverMethod::Pcg {
-            return Err(field.not_allowed(format!(
-                "only `method: pcg` has a preconditioner, and the method here is {}",
-                config.method.name()
-            )));
-        }
-    }
-    if let Some(field) = solver.field("max_iterations") {
-        config.max_iterations =
-            Some(field.integer(SolverConfig::MAX_ITERATIONS, "an integer from 0 to 1000000")?);
-    }
-    config.tolerance = not_negative(&solver, "tolerance")?;
-    config.ridge = not_negative(&solver, "ridge")?;
-    config.stop = solver.field("stop").map(|field| stop(&field, &config)).transpose()?;
-    Ok(config)
-}
-
-fn not_negative(scope: &Scope<'_>, name: &str) -> Result<Option<f64>, ConfigError> {
-    match scope.field(name) {
-        Some(field) => field.number(|x| x >= 0.0, "a finite number of at least 0").map(Some),
-        None => Ok(None),
-    }
-}
-
-/// `solver.stop`.
-fn stop(field: &Field<'_>, solver: &SolverConfig) -> Result<StopConfig, ConfigError> {
-    if solver.method != SolverMethod::Pcg {
-        return Err(field.not_allowed(format!(
-            "only `method: pcg` has more than one stopping rule, and the method here is {}",
-            solver.method.name()
-        )));
-    }
-    if solver.tolerance.is_some() {
-        return Err(field.not_allowed("stands in the place of `tolerance`: give one of the two"));
-    }
-    let scope = field.scope("a mapping, as `{ objective_decrease: 1e-3 }`")?;
-    scope.check_keys(STOP_KEYS, |_| None)?;
-    let stop = StopConfig {
-        objective_decrease: not_negative(&scope, "objective_decrease")?,
-        preconditioned_residual: not_negative(&scope, "preconditioned_residual")?,
-        relative_residual: not_negative(&scope, "relative_residual")?,
-        seconds: not_negative(&scope, "seconds")?,
-    };
-    if stop == StopConfig::default() {
-        return Err(field.not_allowed("names no rule: give `objective_decrease`, say"));
-    }
-    Ok(stop)
 }
 
 /// Reads `parameters` of a round, or (`per_model`) of one model.

@@ -317,7 +317,11 @@ fn solve_gram(
     iterate(context, iteration, system, x0, d)
 }
 
-fn setup_report(preconditioner: &dyn Preconditioner<f32>, started: Instant) -> Option<SetupReport> {
+/// What making a preconditioner took since `started`; nothing where there is none.
+pub(super) fn setup_report(
+    preconditioner: &dyn Preconditioner<f32>,
+    started: Instant,
+) -> Option<SetupReport> {
     let cost = preconditioner.setup_cost();
     let seconds = started.elapsed().as_secs_f64();
     (!preconditioner.is_identity()).then_some(SetupReport { seconds, flops: cost.flops, bytes: cost.bytes })

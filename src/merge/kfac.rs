@@ -3,7 +3,8 @@
 use std::time::Instant;
 
 use super::iterative::{
-    BlockContext, Conditioned, IterativeMemory, SharedFactors, SolveOutcome, System, iterate, zero_operator,
+    BlockContext, Conditioned, IterativeMemory, SharedFactors, SolveOutcome, System, iterate, setup_report,
+    zero_operator,
 };
 use super::resolve::input_factors_key;
 use super::terms::{FactorHandle, gram_factor, output_factor, shared_key};
@@ -188,9 +189,8 @@ impl KfacSystem {
                 }
             }
         };
-        let cost = made.preconditioner().setup_cost();
-        let seconds = started.elapsed().as_secs_f64();
-        Ok((made, Some(SetupReport { seconds, flops: cost.flops, bytes: cost.bytes })))
+        let setup = setup_report(made.preconditioner(), started);
+        Ok((made, setup))
     }
 }
 

@@ -44,12 +44,7 @@ struct Breadcrumbs {
 }
 
 fn build(arguments: &Arguments<'_>, consensus: bool) -> Result<Box<dyn Elementwise>, String> {
-    let rescale = Rescale::of(arguments, false);
-    if rescale == Rescale::InverseProbability {
-        return Err(
-            "`rescale: inverse_probability` needs a method that drops at random (dare, della)".to_owned()
-        );
-    }
+    let rescale = Rescale::of_trim(arguments)?;
     Ok(Box::new(Breadcrumbs {
         density: arguments.numbers("density", 1.0),
         gamma: arguments.numbers("gamma", 0.01),
@@ -64,13 +59,7 @@ impl Elementwise for Breadcrumbs {
     }
 
     fn passes(&self) -> Vec<Pass> {
-        let models = self.density.len();
-        if self.density.iter().all(|d| *d >= 1.0) {
-            return Vec::new();
-        }
-        let trim = Pass::Trim { columns: models };
-        let norms = Pass::Sums { count: models };
-        if self.rescale == Rescale::L1 { vec![norms, trim, norms] } else { vec![trim] }
+        self.rescale.trim_passes(&self.density)
     }
 
     fn sums(&self, _pass: usize, piece: &mut Piece<'_>, _known: &Known, sums: &mut [f64]) {

@@ -39,9 +39,38 @@ impl Rescale {
         }
     }
 
-    /// The passes that measure both norms of each model.
-    pub(super) fn passes(self, models: usize) -> Vec<Pass> {
-        if self == Self::L1 { vec![Pass::Sums { count: 2 * models }] } else { Vec::new() }
+    /// Of methods that drop by magnitude, where no value has a probability to stay.
+    ///
+    /// # Errors
+    /// `inverse_probability`.
+    pub(super) fn of_trim(arguments: &Arguments<'_>) -> Result<Self, String> {
+        match Self::of(arguments, false) {
+            Self::InverseProbability => {
+                Err("`rescale: inverse_probability` needs a method that drops at random (dare, della)"
+                    .to_owned())
+            }
+            rescale => Ok(rescale),
+        }
+    }
+
+    /// The passes of methods that drop at random: both norms of each model at once.
+    pub(super) fn drop_passes(self, density: &[f64]) -> Vec<Pass> {
+        if self == Self::L1 && density.iter().any(|d| *d < 1.0) {
+            vec![Pass::Sums { count: 2 * density.len() }]
+        } else {
+            Vec::new()
+        }
+    }
+
+    /// The passes of methods that trim, with the norms before and after it where they are needed.
+    pub(super) fn trim_passes(self, density: &[f64]) -> Vec<Pass> {
+        let models = density.len();
+        if density.iter().all(|d| *d >= 1.0) {
+            return Vec::new();
+        }
+        let trim = Pass::Trim { columns: models };
+        let norms = Pass::Sums { count: models };
+        if self == Self::L1 { vec![norms, trim, norms] } else { vec![trim] }
     }
 
     /// Factors from L1 norms before and after, one of each a model.
@@ -104,6 +133,23 @@ impl Combine {
         }
     }
 
+    /// `Σ wᵢ fᵢ dᵢ` of at most a chunk.
+    #[inline(always)]
+    fn weighted_sum(
+        &self,
+        piece: &Piece<'_>,
+        factors: &[f32],
+        range: &std::ops::Range<usize>,
+    ) -> [f32; CHUNK] {
+        let mut sum = [0.0f32; CHUNK];
+        for (i, (weight, factor)) in self.weights.iter().zip(factors).enumerate() {
+            for (s, d) in sum.iter_mut().zip(&piece.model(i)[range.clone()]) {
+                *s += (*d * *factor) * *weight;
+            }
+        }
+        sum
+    }
+
     #[inline(always)]
     fn add(
         &self,
@@ -113,12 +159,7 @@ impl Combine {
         base: &[f32],
         out: &mut [f32],
     ) {
-        let mut sum = [0.0f32; CHUNK];
-        for (i, (weight, factor)) in self.weights.iter().zip(factors).enumerate() {
-            for (s, d) in sum.iter_mut().zip(&piece.model(i)[range.clone()]) {
-                *s += (*d * *factor) * *weight;
-            }
-        }
+        let sum = self.weighted_sum(piece, factors, &range);
         let divisor = if self.normalize { self.weights.iter().sum() } else { 1.0f32 };
         for ((o, s), b) in out.iter_mut().zip(&sum).zip(base) {
             *o = *b + *s / divisor * self.lambda;
@@ -134,12 +175,7 @@ impl Combine {
         base: &[f32],
         out: &mut [f32],
     ) {
-        let mut vote = [0.0f32; CHUNK];
-        for (i, (weight, factor)) in self.weights.iter().zip(factors).enumerate() {
-            for (s, d) in vote.iter_mut().zip(&piece.model(i)[range.clone()]) {
-                *s += (*d * *factor) * *weight;
-            }
-        }
+        let vote = self.weighted_sum(piece, factors, &range);
         let (mut sum, mut divisor) = ([0.0f32; CHUNK], [0.0f32; CHUNK]);
         for (i, (weight, factor)) in self.weights.iter().zip(factors).enumerate() {
             for (k, d) in piece.model(i)[range.clone()].iter().enumerate() {

@@ -111,11 +111,7 @@ impl Elementwise for Della {
     }
 
     fn passes(&self) -> Vec<Pass> {
-        if self.density.iter().all(|d| *d >= 1.0) {
-            Vec::new()
-        } else {
-            self.rescale.passes(self.density.len())
-        }
+        self.rescale.drop_passes(&self.density)
     }
 
     fn sums(&self, _pass: usize, piece: &mut Piece<'_>, _known: &Known, sums: &mut [f64]) {

@@ -29,12 +29,7 @@ struct Ties {
 }
 
 fn build(arguments: &Arguments<'_>) -> Result<Box<dyn Elementwise>, String> {
-    let rescale = Rescale::of(arguments, false);
-    if rescale == Rescale::InverseProbability {
-        return Err(
-            "`rescale: inverse_probability` needs a method that drops at random (dare, della)".to_owned()
-        );
-    }
+    let rescale = Rescale::of_trim(arguments)?;
     let whole_model = arguments.word("scope", "tensor") == "model";
     if whole_model {
         arguments.expect_uniform("density")?;
@@ -57,13 +52,7 @@ impl Elementwise for Ties {
     }
 
     fn passes(&self) -> Vec<Pass> {
-        let models = self.density.len();
-        if self.density.iter().all(|d| *d >= 1.0) {
-            return Vec::new();
-        }
-        let trim = Pass::Trim { columns: models };
-        let norms = Pass::Sums { count: models };
-        if self.rescale == Rescale::L1 { vec![norms, trim, norms] } else { vec![trim] }
+        self.rescale.trim_passes(&self.density)
     }
 
     fn sums(&self, _pass: usize, piece: &mut Piece<'_>, _known: &Known, sums: &mut [f64]) {
