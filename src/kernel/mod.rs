@@ -10,9 +10,12 @@ mod gemm;
 #[allow(unsafe_code, reason = "vector intrinsics; each block says why it is sound")]
 mod micro;
 pub mod vector;
+#[allow(unsafe_code, reason = "one call of a function compiled for a vector unit that was found")]
+mod wide;
 
 pub use buffer::{Buffer, OutOfMemory};
 pub use gemm::{Threading, gemm, gemm_lower, mat, mat_mut, sandwich, sandwich_scratch, transpose};
+pub(crate) use wide::dispatch;
 
 use crate::read::dtype::{self, Dtype};
 

@@ -5,41 +5,31 @@
 
 use rayon::prelude::*;
 
-use super::{Real, Threading};
+use super::{Real, Threading, dispatch};
 
 /// Elements of one piece of a sum: 64 Ki, two vectors of f32 in 512 KiB.
 const PIECE: usize = 1 << 16;
 const LANES: usize = 16;
 
-/// Runs a loop compiled for the widest vector unit that the machine has.
+/// `Σ term(xᵢ, yᵢ)` in interleaved lanes, added up by a fixed tree. Cut into arrays, so that nothing is left to check in
+/// the loop and it is vectorised.
 #[inline(always)]
-pub(crate) fn dispatch<R>(op: impl FnOnce() -> R) -> R {
-    struct Op<F>(F);
-    impl<R, F: FnOnce() -> R> pulp::NullaryFnOnce for Op<F> {
-        type Output = R;
-        #[inline(always)]
-        fn call(self) -> R {
-            (self.0)()
+fn sum_lanes<T: Real>(x: &[T], y: &[T], term: impl Fn(f64, f64) -> f64) -> f64 {
+    let mut lanes = [0.0f64; LANES];
+    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+    for (x, y) in x.iter().zip(y) {
+        for lane in 0..LANES {
+            lanes[lane] += term(x[lane].to_f64(), y[lane].to_f64());
         }
     }
-    static ARCH: std::sync::LazyLock<pulp::Arch> = std::sync::LazyLock::new(pulp::Arch::new);
-    ARCH.dispatch(Op(op))
+    for ((lane, x), y) in lanes.iter_mut().zip(x_rest).zip(y_rest) {
+        *lane += term(x.to_f64(), y.to_f64());
+    }
+    add_lanes(lanes)
 }
 
 #[inline(always)]
-fn sum_lanes(len: usize, mut term: impl FnMut(usize) -> f64) -> f64 {
-    let mut lanes = [0.0f64; LANES];
-    let whole = len / LANES * LANES;
-    let mut i = 0;
-    while i < whole {
-        for (lane, acc) in lanes.iter_mut().enumerate() {
-            *acc += term(i + lane);
-        }
-        i += LANES;
-    }
-    for (lane, i) in (whole..len).enumerate() {
-        lanes[lane] += term(i);
-    }
+fn add_lanes(mut lanes: [f64; LANES]) -> f64 {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
@@ -72,11 +62,11 @@ pub fn dot<T: Real>(x: &[T], y: &[T], threading: Threading) -> f64 {
         dispatch(
             #[inline(always)]
             || {
-                let y = &y[..x.len()];
                 sum_lanes(
-                    x.len(),
+                    x,
+                    y,
                     #[inline(always)]
-                    |i| x[i].to_f64() * y[i].to_f64(),
+                    |x, y| x * y,
                 )
             },
         )
@@ -91,9 +81,10 @@ pub fn sum_of_magnitudes<T: Real>(x: &[T], threading: Threading) -> f64 {
             #[inline(always)]
             || {
                 sum_lanes(
-                    x.len(),
+                    x,
+                    x,
                     #[inline(always)]
-                    |i| x[i].to_f64().abs(),
+                    |x, _| x.abs(),
                 )
             },
         )
@@ -109,14 +100,11 @@ pub fn squared_norm_of_sum<T: Real>(x: &[T], y: &[T], threading: Threading) -> f
         dispatch(
             #[inline(always)]
             || {
-                let y = &y[..x.len()];
                 sum_lanes(
-                    x.len(),
+                    x,
+                    y,
                     #[inline(always)]
-                    |i| {
-                        let s = x[i].to_f64() + y[i].to_f64();
-                        s * s
-                    },
+                    |x, y| (x + y) * (x + y),
                 )
             },
         )
@@ -208,9 +196,10 @@ pub fn subtract_and_square<T: Real>(a: f64, q: &[T], r: &mut [T], threading: Thr
                 }
                 let r = &*r;
                 sum_lanes(
-                    r.len(),
+                    r,
+                    r,
                     #[inline(always)]
-                    |i| r[i].to_f64() * r[i].to_f64(),
+                    |x, y| x * y,
                 )
             },
         )

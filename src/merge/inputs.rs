@@ -13,6 +13,9 @@ use crate::statistics::ModelStatistics;
 use crate::statistics::factor::FactorSummary;
 use crate::view::View;
 
+/// Elements decoded, checked and used at a time: 16 KiB of f64, half of a first-level cache.
+const NEAR: usize = 2048;
+
 /// Index into [`Inputs::checkpoints`].
 pub type SourceId = usize;
 
@@ -160,26 +163,61 @@ impl Inputs {
         scratch: &mut Vec<u8>,
         tally: &Tally,
     ) -> Result<(), MergeError> {
+        self.read_each(source, meta, elements, out, scratch, tally, |_, _| {})
+    }
+
+    /// As [`Inputs::read`], and hands each stretch of `out`, with its place there, to `each` while the first-level cache
+    /// still has it.
+    ///
+    /// # Errors
+    /// As [`Inputs::read`].
+    #[allow(clippy::too_many_arguments, reason = "those of `read`, and what is done with the values")]
+    pub fn read_each<T: Real>(
+        &self,
+        source: SourceId,
+        meta: &TensorMeta,
+        elements: Range<usize>,
+        out: &mut [T],
+        scratch: &mut Vec<u8>,
+        tally: &Tally,
+        mut each: impl FnMut(usize, &mut [T]),
+    ) -> Result<(), MergeError> {
         let first = elements.start;
         let view = &self.checkpoints[source];
-        if view.is_stored(meta) {
-            let width = meta.dtype.float_bytes().unwrap_or(0);
-            let range = (elements.start * width) as u64..(elements.end * width) as u64;
-            let (kind, len) = (pieces::Kind::Tensor(source), (range.end - range.start) as usize);
-            // Whatever it holds was checked when it was read.
-            if pieces::take(kind, range.start, len, |bytes| T::decode(meta.dtype, bytes, out)) {
-                return Ok(());
-            }
-            tally.add(range.end - range.start);
-            let bytes = view.read_stored(meta, range.clone(), scratch)?;
-            T::decode(meta.dtype, bytes, out);
-            pieces::keep(kind, range.start, len, |kept| kept.copy_from_slice(bytes));
-        } else {
+        if !view.is_stored(meta) {
             view.read_values(meta, elements, out, scratch, &|bytes| tally.add(bytes))?;
+            for (k, values) in out.chunks_mut(NEAR).enumerate() {
+                if self.refuse_nonfinite {
+                    self.check_finite(source, meta, first + k * NEAR, values)?;
+                }
+                each(k * NEAR, values);
+            }
+            return Ok(());
         }
-        if self.refuse_nonfinite {
-            self.check_finite(source, meta, first, out)?;
+        let width = meta.dtype.float_bytes().unwrap_or(0);
+        let mut decode = |bytes: &[u8], check: bool, out: &mut [T]| {
+            for (k, (values, bytes)) in
+                out.chunks_mut(NEAR).zip(bytes.chunks(NEAR * width.max(1))).enumerate()
+            {
+                T::decode(meta.dtype, bytes, values);
+                if check {
+                    self.check_finite(source, meta, first + k * NEAR, values)?;
+                }
+                each(k * NEAR, values);
+            }
+            Ok(())
+        };
+        let range = (elements.start * width) as u64..(elements.end * width) as u64;
+        let (kind, len) = (pieces::Kind::Tensor(source), (range.end - range.start) as usize);
+        // Whatever it holds was checked when it was read.
+        let mut taken = Ok(());
+        if pieces::take(kind, range.start, len, |bytes| taken = decode(bytes, false, out)) {
+            return taken;
         }
+        tally.add(range.end - range.start);
+        let bytes = view.read_stored(meta, range.clone(), scratch)?;
+        decode(bytes, self.refuse_nonfinite, out)?;
+        pieces::keep(kind, range.start, len, |kept| kept.copy_from_slice(bytes));
         Ok(())
     }
 

@@ -9,10 +9,10 @@ use std::fmt;
 
 use half::f16;
 use half::slice::HalfFloatSliceExt as _;
-use pulp::Arch;
 use serde::{Serialize, Serializer};
 
 use super::ReadError;
+use crate::kernel::dispatch;
 
 /// An element type that a safetensors header may name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -177,7 +177,7 @@ fn check(dtype: Dtype, bytes: usize, elements: usize) -> Result<(), ReadError> {
 #[inline(always)]
 fn decode_loop<const SIZE: usize, T>(bytes: &[u8], out: &mut [T], convert: impl Fn([u8; SIZE]) -> T) {
     let (elements, _) = bytes.as_chunks::<SIZE>();
-    Arch::new().dispatch(
+    dispatch(
         #[inline(always)]
         || {
             for (value, element) in out.iter_mut().zip(elements) {
@@ -191,7 +191,7 @@ fn decode_loop<const SIZE: usize, T>(bytes: &[u8], out: &mut [T], convert: impl 
 #[inline(always)]
 fn encode_loop<const SIZE: usize, T: Copy>(values: &[T], out: &mut [u8], convert: impl Fn(T) -> [u8; SIZE]) {
     let (elements, _) = out.as_chunks_mut::<SIZE>();
-    Arch::new().dispatch(
+    dispatch(
         #[inline(always)]
         || {
             for (element, value) in elements.iter_mut().zip(values) {
@@ -333,7 +333,7 @@ pub fn encode_f64(dtype: Dtype, values: &[f64], out: &mut [u8]) -> Result<(), Re
         Dtype::Bf16 => encode_loop(values, out, |v| bf16_bits(round_to_odd(v)).to_le_bytes()),
         Dtype::F16 => f16_encode(values.len(), out, |at, wide| {
             let source = &values[at..at + wide.len()];
-            Arch::new().dispatch(
+            dispatch(
                 #[inline(always)]
                 || {
                     for (narrow, value) in wide.iter_mut().zip(source) {
@@ -375,7 +375,7 @@ pub fn first_nonfinite_f64(values: &[f64]) -> Option<usize> {
 #[inline(always)]
 fn first_in_chunks<T: Copy>(values: &[T], found: impl Fn(T) -> bool) -> Option<usize> {
     for (index, chunk) in values.chunks(CHUNK).enumerate() {
-        let any = Arch::new().dispatch(
+        let any = dispatch(
             #[inline(always)]
             || chunk.iter().fold(false, |any, v| any | found(*v)),
         );

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::adapter::{Adapter, LowRank};
 use super::rows::{RowMap, RowSource};
-use crate::kernel::{Buffer, Real, vector};
+use crate::kernel::{Buffer, Real, dispatch};
 use crate::read::{Checkpoint, ReadError, TensorMeta};
 
 /// Columns of a low-rank product formed at a time: with its factors' rows it stays in the first-level cache.
@@ -483,7 +483,7 @@ fn add_product<T: Real>(
         let len = (columns - column).min(COLUMNS).min(out.len() - at);
         let (sums, out) = (&mut sums[..len], &mut out[at..at + len]);
         let left = &left[row * low.rank..(row + 1) * low.rank];
-        vector::dispatch(
+        dispatch(
             #[inline(always)]
             || {
                 sums.fill(T::default());

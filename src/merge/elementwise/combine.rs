@@ -1,14 +1,16 @@
 //! The sum of task vectors that most methods end in: weighted, with or without TIES' election of signs.
 
+use std::ops::Range;
+
 use super::{Arguments, Known, Pass, Piece};
-use crate::config::{ParameterSpec, Range};
-use crate::kernel::{Threading, vector};
+use crate::config::{ParameterSpec, Range as Allowed};
+use crate::kernel::{Threading, dispatch, vector};
 
 /// What all of these methods take.
-pub(super) const WEIGHT: ParameterSpec = ParameterSpec::number("weight", Range::Any).per_model().required();
-pub(super) const DENSITY: ParameterSpec = ParameterSpec::number("density", Range::Unit).per_model();
+pub(super) const WEIGHT: ParameterSpec = ParameterSpec::number("weight", Allowed::Any).per_model().required();
+pub(super) const DENSITY: ParameterSpec = ParameterSpec::number("density", Allowed::Unit).per_model();
 pub(super) const NORMALIZE: ParameterSpec = ParameterSpec::boolean("normalize");
-pub(super) const LAMBDA: ParameterSpec = ParameterSpec::number("lambda", Range::Any);
+pub(super) const LAMBDA: ParameterSpec = ParameterSpec::number("lambda", Allowed::Any);
 /// mergekit's dtype of masks: no mask is stored here.
 pub(super) const INT8_MASK: ParameterSpec = ParameterSpec::boolean("int8_mask");
 pub(super) const RESCALE: ParameterSpec =
@@ -120,7 +122,7 @@ impl Combine {
             let end = (first + CHUNK).min(out.len());
             let base = &piece.base()[first..end];
             let out = &mut out[first..end];
-            vector::dispatch(
+            dispatch(
                 #[inline(always)]
                 || {
                     if self.consensus {
@@ -135,59 +137,42 @@ impl Combine {
 
     /// `Σ wᵢ fᵢ dᵢ` of at most a chunk.
     #[inline(always)]
-    fn weighted_sum(
-        &self,
-        piece: &Piece<'_>,
-        factors: &[f32],
-        range: &std::ops::Range<usize>,
-    ) -> [f32; CHUNK] {
-        let mut sum = [0.0f32; CHUNK];
+    fn add_weighted(&self, piece: &Piece<'_>, factors: &[f32], range: &Range<usize>, sum: &mut [f32]) {
         for (i, (weight, factor)) in self.weights.iter().zip(factors).enumerate() {
             for (s, d) in sum.iter_mut().zip(&piece.model(i)[range.clone()]) {
                 *s += (*d * *factor) * *weight;
             }
         }
-        sum
     }
 
     #[inline(always)]
-    fn add(
-        &self,
-        piece: &Piece<'_>,
-        factors: &[f32],
-        range: std::ops::Range<usize>,
-        base: &[f32],
-        out: &mut [f32],
-    ) {
-        let sum = self.weighted_sum(piece, factors, &range);
+    fn add(&self, piece: &Piece<'_>, factors: &[f32], range: Range<usize>, base: &[f32], out: &mut [f32]) {
+        out.fill(0.0);
+        self.add_weighted(piece, factors, &range, out);
         let divisor = if self.normalize { self.weights.iter().sum() } else { 1.0f32 };
-        for ((o, s), b) in out.iter_mut().zip(&sum).zip(base) {
-            *o = *b + *s / divisor * self.lambda;
+        for (o, b) in out.iter_mut().zip(base) {
+            *o = *b + *o / divisor * self.lambda;
         }
     }
 
     #[inline(always)]
-    fn elect(
-        &self,
-        piece: &Piece<'_>,
-        factors: &[f32],
-        range: std::ops::Range<usize>,
-        base: &[f32],
-        out: &mut [f32],
-    ) {
-        let vote = self.weighted_sum(piece, factors, &range);
-        let (mut sum, mut divisor) = ([0.0f32; CHUNK], [0.0f32; CHUNK]);
+    fn elect(&self, piece: &Piece<'_>, factors: &[f32], range: Range<usize>, base: &[f32], out: &mut [f32]) {
+        let [mut vote, mut divisor] = [[0.0f32; CHUNK]; 2];
+        let (vote, divisor) = (&mut vote[..out.len()], &mut divisor[..out.len()]);
+        self.add_weighted(piece, factors, &range, vote);
+        out.fill(0.0);
         for (i, (weight, factor)) in self.weights.iter().zip(factors).enumerate() {
-            for (k, d) in piece.model(i)[range.clone()].iter().enumerate() {
+            let deltas = &piece.model(i)[range.clone()];
+            for (((sum, divisor), vote), d) in out.iter_mut().zip(&mut *divisor).zip(&*vote).zip(deltas) {
                 let value = (*d * *factor) * *weight;
-                let agrees = (vote[k] >= 0.0) & (value > 0.0) | (vote[k] < 0.0) & (value < 0.0);
-                sum[k] += if agrees { value } else { 0.0 };
-                divisor[k] += if agrees { *weight } else { 0.0 };
+                let agrees = (*vote >= 0.0) & (value > 0.0) | (*vote < 0.0) & (value < 0.0);
+                *sum += if agrees { value } else { 0.0 };
+                *divisor += if agrees { *weight } else { 0.0 };
             }
         }
-        for (k, (o, b)) in out.iter_mut().zip(base).enumerate() {
-            let divides = self.normalize & (divisor[k] != 0.0);
-            *o = *b + sum[k] / if divides { divisor[k] } else { 1.0 } * self.lambda;
+        for ((sum, divisor), b) in out.iter_mut().zip(&*divisor).zip(base) {
+            let divides = self.normalize & (*divisor != 0.0);
+            *sum = *b + *sum / if divides { *divisor } else { 1.0 } * self.lambda;
         }
     }
 }

@@ -6,7 +6,6 @@
 use super::combine::{Combine, DENSITY, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, Rescale, WEIGHT, add_norms};
 use super::{Arguments, BaseUse, Definition, Elementwise, Known, Pass, Piece, Stream};
 use crate::config::ParameterSpec;
-use crate::kernel::vector;
 
 const PARAMETERS: &[ParameterSpec] = &[WEIGHT, DENSITY, NORMALIZE, RESCALE, LAMBDA, INT8_MASK];
 
@@ -51,15 +50,7 @@ impl Dare {
             if *density >= 1.0 {
                 continue;
             }
-            let values = piece.model_mut(i);
-            vector::dispatch(
-                #[inline(always)]
-                || {
-                    for (k, v) in values.iter_mut().enumerate() {
-                        *v = if stream.keeps(first + k as u64, *density) { *v } else { 0.0 };
-                    }
-                },
-            );
+            stream.thin(first, *density, piece.model_mut(i));
         }
     }
 }

@@ -2,7 +2,7 @@
 //! nothing else.
 
 use super::Piece;
-use crate::kernel::{Threading, vector};
+use crate::kernel::{Threading, dispatch, vector};
 
 /// The symmetric matrix of inner products of a tensor's models (or task vectors).
 #[derive(Debug, Clone)]
@@ -58,22 +58,29 @@ impl Gram {
 
 /// `out = [base +] Σ cᵢ xᵢ` in f32, models in order.
 pub(super) fn combine(piece: &Piece<'_>, coefficients: &[f64], with_base: bool, out: &mut [f32]) {
-    out.fill(0.0);
     for (i, c) in coefficients.iter().enumerate() {
         let (c, x) = (*c as f32, piece.model(i));
-        vector::dispatch(
+        dispatch(
             #[inline(always)]
             || {
                 for (o, x) in out.iter_mut().zip(x) {
-                    *o += c * *x;
+                    // The sum starts from 0, not from what is there.
+                    *o = if i == 0 { 0.0 } else { *o } + c * *x;
                 }
             },
         );
     }
+    if coefficients.is_empty() {
+        out.fill(0.0);
+    }
     if with_base {
-        let base = piece.base();
-        for (o, b) in out.iter_mut().zip(base) {
-            *o += *b;
-        }
+        dispatch(
+            #[inline(always)]
+            || {
+                for (o, b) in out.iter_mut().zip(piece.base()) {
+                    *o += *b;
+                }
+            },
+        );
     }
 }

@@ -4,7 +4,7 @@
 
 use super::combine::LAMBDA;
 use super::{Arguments, BaseUse, Definition, Elementwise, Known, Piece};
-use crate::kernel::vector;
+use crate::kernel::dispatch;
 
 pub(super) static DEFINITION: Definition = Definition {
     name: "magmax",
@@ -32,7 +32,7 @@ impl Elementwise for MagMax {
         out.copy_from_slice(piece.model(0));
         for i in 1..piece.models() {
             let values = piece.model(i);
-            vector::dispatch(
+            dispatch(
                 #[inline(always)]
                 || {
                     for (o, d) in out.iter_mut().zip(values) {

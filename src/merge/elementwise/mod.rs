@@ -10,6 +10,7 @@ mod combine;
 mod gram;
 mod order;
 mod passes;
+mod places;
 mod random;
 mod starts;
 mod whole;
@@ -48,6 +49,7 @@ pub use whole::{ReadTask, WholeError, WholeTensor};
 
 use super::SourceId;
 use crate::config::{ParameterSpec, Round};
+use crate::kernel::dispatch;
 
 /// Every method of this module, as the config names them.
 pub static METHODS: [&Definition; 24] = [
@@ -171,9 +173,14 @@ pub trait Elementwise: Debug + Send + Sync {
 
     /// Scores of one piece in one column of pass `pass`; the magnitudes of the column's model unless overridden.
     fn scores(&self, _pass: usize, column: usize, piece: &Piece<'_>, _known: &Known, scores: &mut [f32]) {
-        for (s, x) in scores.iter_mut().zip(piece.model(column)) {
-            *s = x.abs();
-        }
+        dispatch(
+            #[inline(always)]
+            || {
+                for (s, x) in scores.iter_mut().zip(piece.model(column)) {
+                    *s = x.abs();
+                }
+            },
+        );
     }
 
     /// Ascending ranks, from 0, that an [`Pass::Order`] selects: three at most.

@@ -4,7 +4,7 @@
 
 use super::{Arguments, BaseUse, Definition, Elementwise, Known, Piece};
 use crate::config::{ParameterSpec, Range};
-use crate::kernel::vector;
+use crate::kernel::dispatch;
 
 pub(super) static DEFINITION: Definition = Definition {
     name: "nearswap",
@@ -26,7 +26,7 @@ fn build(arguments: &Arguments<'_>) -> Result<Box<dyn Elementwise>, String> {
 impl Elementwise for NearSwap {
     fn merge(&self, piece: &mut Piece<'_>, _known: &Known, out: &mut [f32]) {
         let (t, base, model) = (self.t, piece.base(), piece.model(0));
-        vector::dispatch(
+        dispatch(
             #[inline(always)]
             || {
                 for ((o, a), b) in out.iter_mut().zip(base).zip(model) {

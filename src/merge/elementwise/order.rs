@@ -3,10 +3,12 @@
 //! Scores are mapped to integers of the same order. The first read counts the upper halves, the second the lower halves in
 //! those buckets that hold a wanted rank. Counts are integers, so neither threads nor the cut of the tensor enter.
 
-use crate::kernel::{Buffer, vector};
+use crate::kernel::{Buffer, dispatch};
 
 /// Bins of one histogram, 512 KiB of counts.
 const BINS: usize = 1 << 16;
+/// Scores whose keys are made at a time.
+const AT_ONCE: usize = 512;
 
 /// Bytes of one histogram.
 pub(super) const HISTOGRAM_BYTES: u64 = (BINS * size_of::<u64>()) as u64;
@@ -47,11 +49,26 @@ impl Upper {
     }
 
     pub fn add(&mut self, scores: &[f32]) {
-        let counts = &mut self.counts[..BINS];
-        for score in scores {
-            counts[(key(*score) >> 16) as usize] += 1;
+        let counts: &mut [u64; BINS] = (&mut self.counts[..BINS]).try_into().expect("as many as were made");
+        // Keys first, by vectors: what is left to do one by one is the counting alone.
+        let mut bins = [0u16; AT_ONCE];
+        for scores in scores.chunks(AT_ONCE) {
+            let bins = &mut bins[..scores.len()];
+            self.zeros += dispatch(
+                #[inline(always)]
+                || {
+                    let mut zeros = 0u32;
+                    for (bin, score) in bins.iter_mut().zip(scores) {
+                        *bin = (key(*score) >> 16) as u16;
+                        zeros += u32::from(*score == 0.0);
+                    }
+                    u64::from(zeros)
+                },
+            );
+            for bin in &*bins {
+                counts[usize::from(*bin)] += 1;
+            }
         }
-        self.zeros += scores.iter().filter(|s| **s == 0.0).count() as u64;
     }
 
     pub fn merge(&mut self, other: &Self) {
@@ -88,22 +105,27 @@ impl Lower {
 
     pub fn add(&mut self, scores: &[f32]) {
         for (bucket, counts) in self.buckets.iter().zip(&mut self.counts) {
-            let (bucket, counts) = (u32::from(*bucket), &mut counts[..BINS]);
-            // Few are in the bucket: eight at a time are asked at once.
-            for group in scores.chunks(16) {
-                let mut any = false;
-                for score in group {
-                    any |= key(*score) >> 16 == bucket;
+            let bucket = u32::from(*bucket);
+            let counts: &mut [u64; BINS] = (&mut counts[..BINS]).try_into().expect("as many as were made");
+            let mut count = |score: f32| {
+                let key = key(score);
+                if key >> 16 == bucket {
+                    counts[(key & 0xffff) as usize] += 1;
                 }
-                if any {
-                    for score in group {
-                        let key = key(*score);
-                        if key >> 16 == bucket {
-                            counts[(key & 0xffff) as usize] += 1;
+            };
+            dispatch(
+                #[inline(always)]
+                || {
+                    // Few are in the bucket: sixteen at a time are asked at once.
+                    let (groups, rest) = scores.as_chunks::<16>();
+                    for group in groups {
+                        if group.iter().fold(false, |any, score| any | (key(*score) >> 16 == bucket)) {
+                            group.iter().for_each(|score| count(*score));
                         }
                     }
-                }
-            }
+                    rest.iter().for_each(|score| count(*score));
+                },
+            );
         }
     }
 
@@ -178,7 +200,19 @@ pub enum Kept {
 }
 
 impl Kept {
-    /// Ascending ranks of its two ends among `n` scores, the least first; none where nothing needs to be selected.
+    /// Whether nothing is cut off above, and below: an end that needs no selection.
+    fn open(self, n: u64) -> [bool; 2] {
+        match self {
+            Self::All => [true, true],
+            Self::Nothing => [false, false],
+            Self::FromLargest { skip, take } => [skip == 0, skip.saturating_add(take) >= n],
+            Self::FromSmallest { skip, take } => [skip.saturating_add(take) >= n, skip == 0],
+            Self::AtLeast { take } => [true, take >= n],
+        }
+    }
+
+    /// Ascending ranks of its ends among `n` scores, the least first; an open end has the other's rank. `None` where
+    /// nothing needs to be selected.
     pub(super) fn ranks(self, n: u64) -> Option<[u64; 2]> {
         let range = match self {
             Self::All | Self::Nothing => return None,
@@ -188,7 +222,11 @@ impl Kept {
             Self::FromSmallest { skip, take } => skip.min(n)..skip.saturating_add(take).min(n),
             Self::AtLeast { take } => n.saturating_sub(take)..n,
         };
-        (!range.is_empty()).then(|| [range.start, range.end - 1])
+        (!range.is_empty()).then(|| match self.open(n) {
+            [true, _] => [range.start; 2],
+            [_, true] => [range.end - 1; 2],
+            _ => [range.start, range.end - 1],
+        })
     }
 
     /// The window between the statistics at [`Kept::ranks`].
@@ -196,35 +234,45 @@ impl Kept {
         let Some([low, high]) = ends else {
             return if self == Self::All { Window::ALL } else { Window::NOTHING };
         };
+        let [open_above, open_below] = self.open(n);
+        if open_above && open_below {
+            return Window::ALL;
+        }
         // Equal scores that are kept, by their place among the equal ones in the tensor's order.
         let (low_range, high_range) = match self {
             Self::All | Self::Nothing => return Window::ALL,
             Self::AtLeast { .. } => (0..low.equal, 0..high.equal),
             Self::FromSmallest { skip, take } => {
                 let end = skip.saturating_add(take).min(n);
-                (skip - low.below..low.equal, 0..end - high.below)
+                (skip.saturating_sub(low.below)..low.equal, 0..end.saturating_sub(high.below))
             }
             Self::FromLargest { skip, take } => {
                 let above = |s: OrderStatistic| n - s.below - s.equal;
                 let end = skip.saturating_add(take).min(n);
-                (0..end - above(low), skip - above(high)..high.equal)
+                (0..end.saturating_sub(above(low)), skip.saturating_sub(above(high))..high.equal)
             }
         };
-        let (low_range, high_range) = if low.score == high.score {
+        let closed = !open_above && !open_below;
+        let (low_range, high_range) = if closed && low.score == high.score {
             let both = low_range.start.max(high_range.start)..low_range.end.min(high_range.end);
             (both.clone(), both)
         } else {
             (low_range.start..low_range.end.min(low.equal), high_range.start..high_range.end.min(high.equal))
         };
-        let partial = |s: OrderStatistic, r: &std::ops::Range<u64>| r.start > 0 || r.end < s.equal;
-        Window {
-            low: key(low.score),
-            high: key(high.score),
-            in_order: (partial(low, &low_range) && low.score != 0.0)
-                || (partial(high, &high_range) && high.score != 0.0),
-            low_range: [low_range.start, low_range.end],
-            high_range: [high_range.start, high_range.end],
+        let partial =
+            |s: OrderStatistic, r: &std::ops::Range<u64>| s.score != 0.0 && (r.start > 0 || r.end < s.equal);
+        let mut window = Window::ALL;
+        if !open_below {
+            window.low = key(low.score);
+            window.low_range = [low_range.start, low_range.end];
+            window.in_order |= partial(low, &low_range);
         }
+        if !open_above {
+            window.high = key(high.score);
+            window.high_range = [high_range.start, high_range.end];
+            window.in_order |= partial(high, &high_range);
+        }
+        window
     }
 }
 
@@ -252,25 +300,68 @@ impl Window {
 
     /// Scores that equal its low and its high end.
     pub fn equals(&self, scores: &[f32]) -> [u64; 2] {
-        let count = |end: u32| scores.iter().filter(|s| key(**s) == end).count() as u64;
-        [count(self.low), count(self.high)]
-    }
-
-    /// Sets what is not kept to 0. `before` are the equal scores in earlier pieces.
-    pub fn apply(&self, scores: &[f32], before: [u64; 2], values: &mut [f32]) {
-        if !self.in_order {
-            let (low, high) = (self.low, self.high);
-            vector::dispatch(
+        let (low, high) = (self.low, self.high);
+        let [mut lows, mut highs] = [0u64; 2];
+        for scores in scores.chunks(AT_ONCE) {
+            let found = dispatch(
                 #[inline(always)]
                 || {
-                    for (value, score) in values.iter_mut().zip(scores) {
+                    let (mut lows, mut highs) = (0u32, 0u32);
+                    for score in scores {
                         let key = key(*score);
-                        *value = if (key >= low) & (key <= high) { *value } else { 0.0 };
+                        lows += u32::from(key == low);
+                        highs += u32::from(key == high);
                     }
+                    [lows, highs]
                 },
             );
-            return;
+            lows += u64::from(found[0]);
+            highs += u64::from(found[1]);
         }
+        [lows, highs]
+    }
+
+    /// Sets what is not kept to 0. `before` are the equal scores in earlier pieces, `own` those in this one; both are asked
+    /// for only where they must be counted in order.
+    pub fn apply(&self, scores: &[f32], before: [u64; 2], own: [u64; 2], values: &mut [f32]) {
+        // One piece of a tensor has equal scores of which some stay and some go: all others are like the first of theirs.
+        let one = |range: [u64; 2], before: u64, own: u64| {
+            let all = range[0] <= before && before + own <= range[1];
+            let none = before + own <= range[0] || range[1] <= before;
+            if all { Some(true) } else { none.then_some(false) }
+        };
+        let (keep_low, keep_high) = if self.in_order {
+            (one(self.low_range, before[0], own[0]), one(self.high_range, before[1], own[1]))
+        } else {
+            (Some(self.low_range[1] > self.low_range[0]), Some(self.high_range[1] > self.high_range[0]))
+        };
+        match (keep_low, keep_high) {
+            (Some(keep_low), Some(keep_high)) => self.apply_between(keep_low, keep_high, scores, values),
+            _ => self.apply_in_order(scores, before, values),
+        }
+    }
+
+    /// As [`Window::apply`], all of the equal scores of an end alike.
+    fn apply_between(&self, keep_low: bool, keep_high: bool, scores: &[f32], values: &mut [f32]) {
+        let low = if keep_low { Some(self.low) } else { self.low.checked_add(1) };
+        let high = if keep_high { Some(self.high) } else { self.high.checked_sub(1) };
+        let (Some(low), Some(high)) = (low, high) else {
+            values.fill(0.0);
+            return;
+        };
+        dispatch(
+            #[inline(always)]
+            || {
+                for (value, score) in values.iter_mut().zip(scores) {
+                    let key = key(*score);
+                    *value = if (key >= low) & (key <= high) { *value } else { 0.0 };
+                }
+            },
+        );
+    }
+
+    /// As [`Window::apply`], counting the equal scores one by one.
+    fn apply_in_order(&self, scores: &[f32], before: [u64; 2], values: &mut [f32]) {
         let [mut low_place, mut high_place] = before;
         for (value, score) in values.iter_mut().zip(scores) {
             let key = key(*score);
@@ -370,9 +461,10 @@ mod tests {
                         let mut values = vec![1.0; n];
                         // In two pieces.
                         let cut = n / 2;
-                        window.apply(&scores[..cut], [0, 0], &mut values[..cut]);
                         let before = window.equals(&scores[..cut]);
-                        window.apply(&scores[cut..], before, &mut values[cut..]);
+                        window.apply(&scores[..cut], [0, 0], before, &mut values[..cut]);
+                        let own = window.equals(&scores[cut..]);
+                        window.apply(&scores[cut..], before, own, &mut values[cut..]);
                         let got: Vec<usize> =
                             (0..n).filter(|i| values[*i] != 0.0 && scores[*i] != 0.0).collect();
                         want.retain(|i| scores[*i] != 0.0);

@@ -4,14 +4,15 @@
 //! single piece is read once and kept for all passes. Partial sums are made over stretches of pieces that depend on the
 //! shape alone and added in order; histograms are counts. The bytes that come out therefore depend on nothing else.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
 
 use super::order::{self, HISTOGRAM_BYTES, Lower, Upper, Window};
+use super::places::{Line, Places, add_places};
 use super::{Counts, Elementwise, MethodStart, OrderStatistic, PIECE, Pass};
-use crate::kernel::{Buffer, Threading, vector};
+use crate::kernel::{Buffer, Threading, dispatch};
 use crate::merge::{BlockContext, MergeError};
 
 /// Pieces of one stretch of a merge: their output is handed on together.
@@ -169,7 +170,10 @@ pub(crate) fn memory_bytes(start: &MethodStart, elements: usize, workers: usize,
     let values = (models + 1) * if single { 2 } else { 1 } + 5;
     let stretch = if single { 1 } else { STRETCH as u64 };
     let row = method.row_length().map_or(0, |row| 8 * row as u64);
-    let worker = (values + stretch) * piece * 4 + row;
+    // Equal scores are counted in order over a stretch that is read once.
+    let trims = !single && method.passes().iter().any(|pass| matches!(pass, Pass::Trim { .. }));
+    let held = if trims { (models + 1) * (STRETCH as u64 - 1) } else { 0 };
+    let worker = (values + stretch + held) * piece * 4 + row;
     let counters = if workers > 1 { workers + 1 } else { 1 };
     let mut most = 0;
     for pass in if passes { method.passes() } else { Vec::new() } {
@@ -187,12 +191,26 @@ pub(crate) fn memory_bytes(start: &MethodStart, elements: usize, workers: usize,
     worker * workers + most
 }
 
-/// One worker's buffers.
+/// One worker's buffers: room for one piece, or for a stretch of them where equal scores are counted in order.
 struct Slot {
     base: Buffer<f32>,
     models: Buffer<f32>,
     scores: Buffer<f32>,
     bytes: Vec<u8>,
+    /// The pieces whose values are there.
+    held: Range<usize>,
+}
+
+impl Slot {
+    fn base_place(&self, run: &Run<'_>, place: usize) -> Range<usize> {
+        let piece = run.cut.piece;
+        (place * piece).min(self.base.len())..((place + 1) * piece).min(self.base.len())
+    }
+
+    fn models_place(&self, run: &Run<'_>, place: usize) -> Range<usize> {
+        let values = run.cut.piece * run.start.models.len();
+        (place * values).min(self.models.len())..((place + 1) * values).min(self.models.len())
+    }
 }
 
 /// A tensor being merged.
@@ -209,120 +227,151 @@ impl<'a> Run<'a> {
         let cut = Cut::new(context.shape.elements(), &*start.method);
         let mut run = Self { context, start, cut, kept: None };
         if cut.pieces() <= 1 {
-            let mut slot = run.slot();
-            run.read(0..cut.elements, &mut slot)?;
+            let mut slot = run.slot(1);
+            run.read(0, 0, &mut slot)?;
             run.kept = Some((slot.base, slot.models));
         }
         Ok(run)
     }
 
-    fn slot(&self) -> Slot {
-        let piece = self.cut.piece;
-        let base = if self.start.base.is_some() { piece } else { 0 };
+    fn slot(&self, pieces: usize) -> Slot {
+        let room = (pieces * self.cut.piece).min(self.cut.elements);
+        let base = if self.start.base.is_some() { room } else { 0 };
         Slot {
             base: Buffer::zeroed(base),
-            models: Buffer::zeroed(piece * self.start.models.len()),
-            scores: Buffer::zeroed(piece),
+            models: Buffer::zeroed(room * self.start.models.len()),
+            scores: Buffer::zeroed(self.cut.piece),
             bytes: Vec::new(),
+            held: 0..0,
         }
     }
 
-    /// Values of all models, or their differences from the base.
-    fn read(&self, range: Range<usize>, slot: &mut Slot) -> Result<(), MergeError> {
-        let inputs = self.context.inputs;
+    /// Values of a piece of all models, or their differences from the base, into one of the slot's places.
+    fn read(&self, piece: usize, place: usize, slot: &mut Slot) -> Result<(), MergeError> {
+        let range = self.cut.range(piece);
+        let (base, models) = (slot.base_place(self, place), slot.models_place(self, place));
+        let (inputs, tally) = (self.context.inputs, self.context.tally);
         let len = range.len();
-        let mut read = |source, out: &mut [f32]| {
-            let meta = inputs
+        let meta = |source| {
+            inputs
                 .tensor(source, self.context.tensor)
-                .expect("a recipe names a checkpoint only where it has the tensor");
-            inputs.read(source, meta, range.clone(), out, &mut slot.bytes, self.context.tally)
+                .expect("a recipe names a checkpoint only where it has the tensor")
         };
-        if let Some(base) = self.start.base {
-            read(base, &mut slot.base[..len])?;
+        let Slot { base: bases, models: values, bytes, .. } = slot;
+        let base = &mut bases[base];
+        if let Some(source) = self.start.base {
+            inputs.read(source, meta(source), range.clone(), &mut base[..len], bytes, tally)?;
         }
-        for (source, out) in self.start.models.iter().zip(slot.models.chunks_mut(len.max(1))) {
-            read(*source, &mut out[..len])?;
-            if self.start.method.task_vectors() {
-                let base = &slot.base[..len];
-                vector::dispatch(
-                    #[inline(always)]
-                    || {
-                        for (x, b) in out[..len].iter_mut().zip(base) {
-                            *x -= *b;
-                        }
-                    },
-                );
-            }
+        let differences = self.start.method.task_vectors();
+        for (source, out) in self.start.models.iter().zip(values[models].chunks_mut(len.max(1))) {
+            let out = &mut out[..len];
+            inputs.read_each(*source, meta(*source), range.clone(), out, bytes, tally, |at, values| {
+                if differences {
+                    let base = &base[at..at + values.len()];
+                    dispatch(
+                        #[inline(always)]
+                        || {
+                            for (x, b) in values.iter_mut().zip(base) {
+                                *x -= *b;
+                            }
+                        },
+                    );
+                }
+            })?;
         }
         Ok(())
     }
 
-    /// One piece, trimmed as far as windows are known.
-    fn load<'s>(
+    /// Where equal scores stand in the tensor's order, for a stretch of pieces whose windows ask for it: counted before
+    /// anything is done with them, so that the workers behind need not wait for that.
+    fn places(
         &self,
-        piece: usize,
-        slot: &'s mut Slot,
+        stretch: usize,
+        pieces: Range<usize>,
+        slot: &mut Slot,
         known: &Known,
         line: Option<&Line>,
-    ) -> Result<(Piece<'s>, &'s mut [f32]), MergeError> {
-        let loaded = self.load_in_line(piece, slot, known, line);
-        if let (Err(_), Some(line)) = (&loaded, line) {
+    ) -> Result<Option<Places>, MergeError> {
+        let (Some(line), Some((pass, windows))) = (line, known.windows()) else { return Ok(None) };
+        slot.held = 0..0;
+        let counted: Result<VecDeque<Vec<[u64; 2]>>, MergeError> = pieces
+            .clone()
+            .map(|piece| {
+                if self.kept.is_none() {
+                    self.read(piece, piece - pieces.start, slot)?;
+                    slot.held = pieces.start..piece + 1;
+                }
+                let (loaded, scores) = self.values(piece, slot)?;
+                let count = |(column, window): (usize, &Window)| {
+                    if !window.in_order {
+                        return [0, 0];
+                    }
+                    self.start.method.scores(pass, column, &loaded, known, scores);
+                    window.equals(scores)
+                };
+                Ok(windows.iter().enumerate().map(count).collect())
+            })
+            .collect();
+        if counted.is_err() {
             // Those behind must not wait for it.
             line.failed.store(true, Ordering::Relaxed);
         }
-        loaded
+        let own = counted?;
+        let mut total = vec![[0, 0]; windows.len()];
+        own.iter().for_each(|own| add_places(&mut total, own));
+        let before = line.pass(pieces.start / stretch, &total, self.context.cancel)?;
+        Ok(Some(Places { before, own }))
     }
 
-    fn load_in_line<'s>(
-        &self,
-        piece: usize,
-        slot: &'s mut Slot,
-        known: &Known,
-        line: Option<&Line>,
-    ) -> Result<(Piece<'s>, &'s mut [f32]), MergeError> {
+    /// The values of one piece as they are.
+    fn values<'s>(&self, piece: usize, slot: &'s mut Slot) -> Result<(Piece<'s>, &'s mut [f32]), MergeError> {
         if self.context.cancel.load(Ordering::Relaxed) {
             return Err(MergeError::Cancelled);
         }
         let range = self.cut.range(piece);
         let len = range.len();
-        match &self.kept {
-            Some((base, models)) => {
-                slot.base.copy_from_slice(base);
-                slot.models.copy_from_slice(models);
-            }
-            None => self.read(range.clone(), slot)?,
-        }
-        let base = if self.start.base.is_some() { &slot.base[..len] } else { &[] };
-        let mut loaded = Piece {
-            first: range.start,
-            len,
-            base,
-            models: &mut slot.models[..len * self.start.models.len()],
-        };
-        let scores = &mut slot.scores[..len];
-        if let Some((pass, windows)) = known.windows() {
-            let method = &*self.start.method;
-            let joint = windows.len() == 1 && loaded.models() > 1;
-            let before = match line {
-                None => vec![[0, 0]; windows.len()],
-                Some(line) => {
-                    let mut own = Vec::with_capacity(windows.len());
-                    for (column, window) in windows.iter().enumerate() {
-                        method.scores(pass, column, &loaded, known, scores);
-                        own.push(window.equals(scores));
-                    }
-                    line.pass(piece, &own, self.context.cancel)?
+        let place = if slot.held.contains(&piece) { piece - slot.held.start } else { 0 };
+        if !slot.held.contains(&piece) {
+            match &self.kept {
+                Some((base, models)) => {
+                    slot.base.copy_from_slice(base);
+                    slot.models.copy_from_slice(models);
                 }
-            };
-            for (column, (window, before)) in windows.iter().zip(before).enumerate() {
+                None => self.read(piece, 0, slot)?,
+            }
+        }
+        let (base, models) = (slot.base_place(self, place), slot.models_place(self, place));
+        let base = if self.start.base.is_some() { &slot.base[base][..len] } else { &[] };
+        let models = &mut slot.models[models][..len * self.start.models.len()];
+        Ok((Piece { first: range.start, len, base, models }, &mut slot.scores[..len]))
+    }
+
+    /// One piece, trimmed as far as windows are known. Pieces are loaded in the order of their `places`.
+    fn load<'s>(
+        &self,
+        piece: usize,
+        slot: &'s mut Slot,
+        known: &Known,
+        places: &mut Option<Places>,
+    ) -> Result<(Piece<'s>, &'s mut [f32]), MergeError> {
+        let (mut loaded, scores) = self.values(piece, slot)?;
+        if let Some((pass, windows)) = known.windows() {
+            let joint = windows.len() == 1 && loaded.models() > 1;
+            let mut own = places.as_mut().and_then(|p| p.own.pop_front());
+            for (column, window) in windows.iter().enumerate() {
                 if window.keeps_all() {
                     continue;
                 }
-                method.scores(pass, column, &loaded, known, scores);
+                self.start.method.scores(pass, column, &loaded, known, scores);
+                let of = |counts: Option<&Vec<[u64; 2]>>| counts.map_or([0, 0], |c| c[column]);
+                let (before, own) = (of(places.as_ref().map(|p| &p.before)), of(own.as_ref()));
                 let models = if joint { 0..loaded.models() } else { column..column + 1 };
                 for model in models {
-                    window.apply(scores, before, loaded.model_mut(model));
+                    window.apply(scores, before, own, loaded.model_mut(model));
                 }
+            }
+            if let (Some(places), Some(own)) = (places, own.take()) {
+                add_places(&mut places.before, &own);
             }
         }
         Ok((loaded, scores))
@@ -341,6 +390,7 @@ impl<'a> Run<'a> {
     fn sweep<S: Send>(
         &self,
         stretch: usize,
+        line: Option<&Line>,
         init: impl Fn() -> S + Sync,
         work: impl Fn(&mut S, &mut Slot, Range<usize>) -> Result<(), MergeError> + Sync,
     ) -> Result<Vec<S>, MergeError> {
@@ -349,7 +399,7 @@ impl<'a> Run<'a> {
         let failed = AtomicBool::new(false);
         let worker = || -> Result<S, MergeError> {
             let mut state = init();
-            let mut slot = self.slot();
+            let mut slot = self.slot(if line.is_some() { stretch } else { 1 });
             loop {
                 let first = next.fetch_add(1, Ordering::Relaxed) * stretch;
                 if first >= pieces || failed.load(Ordering::Relaxed) {
@@ -388,17 +438,23 @@ impl<'a> Run<'a> {
 
     fn sums(&self, pass: usize, count: usize, known: &Known) -> Result<Vec<f64>, MergeError> {
         let line = self.line(known);
-        let stretch = if line.is_some() { 1 } else { self.cut.sum_stretch(count) };
-        let parts = self.sweep(stretch, Vec::new, |parts: &mut Vec<(usize, Vec<f64>)>, slot, pieces| {
-            let at = pieces.start;
-            let mut sums = vec![0.0; count];
-            for piece in pieces {
-                let (mut piece, _) = self.load(piece, slot, known, line.as_ref())?;
-                self.start.method.sums(pass, &mut piece, known, &mut sums);
-            }
-            parts.push((at, sums));
-            Ok(())
-        })?;
+        let stretch = if line.is_some() { STRETCH } else { self.cut.sum_stretch(count) };
+        let parts = self.sweep(
+            stretch,
+            line.as_ref(),
+            Vec::new,
+            |parts: &mut Vec<(usize, Vec<f64>)>, slot, pieces| {
+                let at = pieces.start;
+                let mut sums = vec![0.0; count];
+                let mut places = self.places(stretch, pieces.clone(), slot, known, line.as_ref())?;
+                for piece in pieces {
+                    let (mut piece, _) = self.load(piece, slot, known, &mut places)?;
+                    self.start.method.sums(pass, &mut piece, known, &mut sums);
+                }
+                parts.push((at, sums));
+                Ok(())
+            },
+        )?;
         let mut parts: Vec<_> = parts.into_iter().flatten().collect();
         parts.sort_unstable_by_key(|p| p.0);
         let mut total = vec![0.0; count];
@@ -419,10 +475,10 @@ impl<'a> Run<'a> {
         counting: &Counting<'_, C>,
     ) -> Result<(), MergeError> {
         let line = self.line(known);
-        let stretch = if line.is_some() { 1 } else { STRETCH };
         let work = |counts: &mut [C], slot: &mut Slot, pieces: Range<usize>| {
+            let mut places = self.places(STRETCH, pieces.clone(), slot, known, line.as_ref())?;
             for piece in pieces {
-                let (piece, scores) = self.load(piece, slot, known, line.as_ref())?;
+                let (piece, scores) = self.load(piece, slot, known, &mut places)?;
                 for (column, counts) in counts.iter_mut().enumerate() {
                     if (counting.wanted)(column) {
                         self.start.method.scores(pass, column, &piece, known, scores);
@@ -432,12 +488,17 @@ impl<'a> Run<'a> {
             }
             Ok(())
         };
-        if self.workers(stretch) == 1 {
-            return work(total, &mut self.slot(), 0..self.cut.pieces());
+        if self.workers(STRETCH) == 1 {
+            let pieces = self.cut.pieces();
+            let mut slot = self.slot(if line.is_some() { STRETCH } else { 1 });
+            return (0..pieces)
+                .step_by(STRETCH)
+                .try_for_each(|first| work(total, &mut slot, first..(first + STRETCH).min(pieces)));
         }
         let columns = total.len();
         let parts = self.sweep(
-            stretch,
+            STRETCH,
+            line.as_ref(),
             || (0..columns).map(|column| (counting.new)(column)).collect::<Vec<C>>(),
             |counts, slot, pieces| work(counts, slot, pieces),
         )?;
@@ -451,8 +512,8 @@ impl<'a> Run<'a> {
 
     /// Order statistics of a tensor in memory.
     fn select(&self, pass: usize, kind: Pass, known: &Known) -> Result<Found, MergeError> {
-        let mut slot = self.slot();
-        let (piece, scores) = self.load(0, &mut slot, known, None)?;
+        let mut slot = self.slot(1);
+        let (piece, scores) = self.load(0, &mut slot, known, &mut None)?;
         let method = &*self.start.method;
         let (Pass::Order { columns } | Pass::Trim { columns }) = kind else {
             return Ok(Found::Sums(Vec::new()));
@@ -662,17 +723,18 @@ pub(crate) fn merge(
     };
     let run = &passes.runs[0];
     let line = run.line(known);
-    let stretch = if line.is_some() { 1 } else { STRETCH };
-    let capacity = (stretch * run.cut.piece).min(run.cut.elements);
+    let capacity = (STRETCH * run.cut.piece).min(run.cut.elements);
     run.sweep(
-        stretch,
+        STRETCH,
+        line.as_ref(),
         || Buffer::<f32>::zeroed(capacity),
         |out, slot, pieces| {
             let range = run.cut.range(pieces.start).start..run.cut.range(pieces.end - 1).end;
             let out = &mut out[..range.len()];
             let mut done = 0;
+            let mut places = run.places(STRETCH, pieces.clone(), slot, known, line.as_ref())?;
             for piece in pieces {
-                let (mut piece, _) = run.load(piece, slot, known, line.as_ref())?;
+                let (mut piece, _) = run.load(piece, slot, known, &mut places)?;
                 let len = piece.len();
                 start.method.merge(&mut piece, known, &mut out[done..done + len]);
                 done += len;
@@ -681,41 +743,4 @@ pub(crate) fn merge(
         },
     )
     .map(|_| ())
-}
-
-/// Counts of equal scores handed from piece to piece, in order.
-struct Line {
-    state: Mutex<(usize, Vec<[u64; 2]>)>,
-    moved: Condvar,
-    failed: AtomicBool,
-}
-
-impl Line {
-    fn new(columns: usize) -> Self {
-        let state = Mutex::new((0, vec![[0, 0]; columns]));
-        Self { state, moved: Condvar::new(), failed: AtomicBool::new(false) }
-    }
-
-    /// Waits for the counts before `piece` and adds its own. Pieces are taken in order, so the one waited for runs.
-    fn pass(&self, piece: usize, own: &[[u64; 2]], cancel: &AtomicBool) -> Result<Vec<[u64; 2]>, MergeError> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        while state.0 != piece {
-            if cancel.load(Ordering::Relaxed) || self.failed.load(Ordering::Relaxed) {
-                return Err(MergeError::Cancelled);
-            }
-            state = self
-                .moved
-                .wait_timeout(state, Duration::from_millis(20))
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-        let before = state.1.clone();
-        for (total, own) in state.1.iter_mut().zip(own) {
-            total[0] += own[0];
-            total[1] += own[1];
-        }
-        state.0 += 1;
-        self.moved.notify_all();
-        Ok(before)
-    }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::kernel::{Real, vector};
+use crate::kernel::{Real, dispatch};
 use crate::merge::{Inputs, MergeError, SourceId, Start, Tally};
 
 /// Elements worked on at a time: a few vectors of them stay in the second-level cache.
@@ -34,15 +34,15 @@ pub fn merge_elementwise<T: Real>(
         let out = &mut out[begin - range.start..elements.end - range.start];
         let [x, base_values] = &mut buffers;
         let (x, base_values) = (&mut x[..out.len()], &mut base_values[..out.len()]);
-        let mut read = |source: SourceId, out: &mut [T]| {
+        let mut read = |source: SourceId, values: &mut [T], each: &mut dyn FnMut(usize, &mut [T])| {
             let meta = inputs
                 .tensor(source, name)
                 .expect("a recipe names a checkpoint only where it has the tensor");
-            inputs.read(source, meta, elements.clone(), out, &mut scratch.bytes, tally)
+            inputs.read_each(source, meta, elements.clone(), values, &mut scratch.bytes, tally, each)
         };
         match start {
             Start::Zero => out.fill(T::default()),
-            Start::Copy(source) => read(*source, out)?,
+            Start::Copy(source) => read(*source, out, &mut |_, _| {})?,
             Start::Method(_) => {
                 unreachable!("`block` runs methods with passes before anything asks for a range")
             }
@@ -50,58 +50,55 @@ pub fn merge_elementwise<T: Real>(
                 for (k, (source, weight)) in terms.iter().enumerate() {
                     let weight = T::from_f64(*weight);
                     if k == 0 {
-                        read(*source, out)?;
-                        if weight != T::from_f64(1.0) {
-                            vector::dispatch(
+                        read(*source, out, &mut |_, out| {
+                            if weight != T::from_f64(1.0) {
+                                dispatch(
+                                    #[inline(always)]
+                                    || out.iter_mut().for_each(|v| *v *= weight),
+                                );
+                            }
+                        })?;
+                    } else {
+                        read(*source, x, &mut |at, x| {
+                            let out = &mut out[at..at + x.len()];
+                            dispatch(
                                 #[inline(always)]
                                 || {
-                                    for v in &mut *out {
-                                        *v *= weight;
+                                    for (v, x) in out.iter_mut().zip(x) {
+                                        *v += weight * *x;
                                     }
                                 },
                             );
-                        }
-                    } else {
-                        read(*source, x)?;
-                        vector::dispatch(
-                            #[inline(always)]
-                            || {
-                                for (v, x) in out.iter_mut().zip(&*x) {
-                                    *v += weight * *x;
-                                }
-                            },
-                        );
+                        })?;
                     }
                 }
                 if *divisor != 1.0 {
                     let divisor = T::from_f64(*divisor);
-                    vector::dispatch(
+                    dispatch(
                         #[inline(always)]
-                        || {
-                            for v in &mut *out {
-                                *v /= divisor;
-                            }
-                        },
+                        || out.iter_mut().for_each(|v| *v /= divisor),
                     );
                 }
             }
             Start::TaskVectors { base, terms, scale } => {
-                read(*base, base_values)?;
+                read(*base, base_values, &mut |_, _| {})?;
                 out.fill(T::default());
                 for (source, weight) in terms {
                     let weight = T::from_f64(*weight);
-                    read(*source, x)?;
-                    vector::dispatch(
-                        #[inline(always)]
-                        || {
-                            for ((v, x), b) in out.iter_mut().zip(&*x).zip(&*base_values) {
-                                *v += weight * (*x - *b);
-                            }
-                        },
-                    );
+                    read(*source, x, &mut |at, x| {
+                        let (out, base) = (&mut out[at..at + x.len()], &base_values[at..at + x.len()]);
+                        dispatch(
+                            #[inline(always)]
+                            || {
+                                for ((v, x), b) in out.iter_mut().zip(x).zip(base) {
+                                    *v += weight * (*x - *b);
+                                }
+                            },
+                        );
+                    })?;
                 }
                 let scale = T::from_f64(*scale);
-                vector::dispatch(
+                dispatch(
                     #[inline(always)]
                     || {
                         for (v, b) in out.iter_mut().zip(&*base_values) {
