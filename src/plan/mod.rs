@@ -278,6 +278,7 @@ impl MergePlan {
         for (name, reason) in &left_out {
             warnings.push(format!("tensor `{}` is left out: {reason}", crate::read::escaped(name)));
         }
+        warnings.extend(narrowed(&blocks));
         let least_memory_bytes = overhead_bytes + worst_bytes;
         if least_memory_bytes > limits.max_memory {
             return Err(PlanError::Memory {
@@ -375,6 +376,30 @@ fn masks_layout(inputs: &Inputs, blocks: &mut [BlockPlan]) -> Option<SideLayout>
     }
     let metadata = metadata?;
     Some(SideLayout { file_name: masks::MASKS_FILE.to_owned(), metadata, specs })
+}
+
+/// What a user of f64 checkpoints should know: averages and task arithmetic, solves and methods on singular vectors are f64
+/// where the output is; methods with passes of their own see f32 values, as order statistics are of 32 bits.
+fn narrowed(blocks: &[BlockPlan]) -> Option<String> {
+    let in_f32 = |block: &&BlockPlan| {
+        let Action::Merge { recipe, .. } = &block.action else { return false };
+        let method = matches!(recipe.start, Start::Method(_)) && recipe.whole_tensor().is_none();
+        block.dtype == Dtype::F64 && method
+    };
+    let mut narrow = blocks.iter().filter(in_f32);
+    let first = narrow.next()?;
+    let method = match &first.action {
+        Action::Merge { recipe: Recipe { start: Start::Method(start), .. }, .. } => start.name,
+        _ => "",
+    };
+    Some(format!(
+        "tensor `{}`{}: stored as F64, but `{method}` computes in f32: the result has f32's precision",
+        crate::read::escaped(&first.name),
+        match narrow.count() {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        }
+    ))
 }
 
 /// Lines the checkpoints up, and enters dissolved ties in `inputs`.
