@@ -207,8 +207,7 @@ pub struct BlockContext<'a> {
 }
 
 /// Takes a piece of a method's merge, from many threads.
-pub type SeePiece<'a> =
-    dyn Fn(&super::elementwise::Piece<'_>) -> Result<(), super::MergeError> + Sync + 'a;
+pub type SeePiece<'a> = dyn Fn(&super::elementwise::Piece<'_>) -> Result<(), super::MergeError> + Sync + 'a;
 
 impl BlockContext<'_> {
     /// # Errors

@@ -18,8 +18,8 @@ use budget::BlockMemory;
 use shards::{LayoutError, OutputLayout, SideLayout, TensorSpec};
 
 use crate::config::{MergeConfig, OutDtype, SliceLayers};
-use crate::merge::block::{Stage, Strategy};
 use crate::masks::{self, Rescaler, mask_bytes, mask_spec, norms_spec};
+use crate::merge::block::{Stage, Strategy};
 use crate::merge::elementwise::{self, MethodStart, TaskMasks};
 use crate::merge::{
     Inputs, Iteration, LayerPosition, MergeError, Recipe, Solve, SolverChoice, SourceId, Start, System,

@@ -55,8 +55,10 @@ impl MergePlan {
                 return Err(PlanError::Merge(MergeError::Missing {
                     model: inputs.names[base].clone(),
                     tensor: name.into_owned(),
-                    got: found
-                        .map_or_else(|| "none".to_owned(), |found| format!("{} {:?}", found.dtype, found.shape)),
+                    got: found.map_or_else(
+                        || "none".to_owned(),
+                        |found| format!("{} {:?}", found.dtype, found.shape),
+                    ),
                     expected: meta.shape.clone(),
                 }));
             }

@@ -92,11 +92,7 @@ fn terms(
 ) -> Result<(f64, Vec<FactorTerm>), Error> {
     let round = &config.round;
     let refuse = |reason| {
-        Error::Merge(MergeError::Parameters {
-            tensor: name.to_owned(),
-            method: round.method.name(),
-            reason,
-        })
+        Error::Merge(MergeError::Parameters { tensor: name.to_owned(), method: round.method.name(), reason })
     };
     // The base itself among the models has no task vector.
     let counts = |i: &usize| round.method == Method::Linear || Some(inputs.models[*i].source) != inputs.base;
@@ -107,7 +103,9 @@ fn terms(
         let (sum, size) = (own().sum::<f64>(), own().map(f64::abs).sum::<f64>());
         if sum.abs() <= 1e-12 * size {
             let all = own().collect::<Vec<_>>();
-            return Err(refuse(format!("the weights {all:?} sum to 0, and `space: factor` divides by their sum")));
+            return Err(refuse(format!(
+                "the weights {all:?} sum to 0, and `space: factor` divides by their sum"
+            )));
         }
         Ok(sum)
     };
@@ -126,7 +124,9 @@ fn terms(
         let (Some(adapter), Some((low, replaced))) = (&adapters[*i], low_rank(*i)) else { continue };
         let written = escaped(&inputs.models[*i].written);
         if replaced {
-            return Err(refuse(format!("`{written}` replaces the weight and changes it, too; `space: delta` can")));
+            return Err(refuse(format!(
+                "`{written}` replaces the weight and changes it, too; `space: delta` can"
+            )));
         }
         if let Some(first) = terms.first()
             && (first.low_rank.rank, first.low_rank.transposed) != (low.rank, low.transposed)

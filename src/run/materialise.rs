@@ -45,14 +45,8 @@ pub(super) fn command(args: MaterialiseArgs) -> Result<ExitCode, Error> {
         resume: args.resume,
     };
     let signals = Signals::install();
-    let made = materialise(
-        &args.directory,
-        &args.task,
-        args.base.as_deref(),
-        &args.out,
-        &options,
-        &signals.cancel,
-    );
+    let made =
+        materialise(&args.directory, &args.task, args.base.as_deref(), &args.out, &options, &signals.cancel);
     let summary = made.map_err(|error| match (&error, signals.interrupted(Some(&args.out))) {
         (Error::Merge(MergeError::Cancelled), Some(interrupted)) => interrupted,
         _ => error,
@@ -89,7 +83,10 @@ pub fn materialise(
     // Of this version: what the directory was made with does not matter, its files are in the key.
     let config_hash = format!("{}-task{task}", record::config_hash(&config));
     let shown = escaped(&masks.tasks[task]);
-    config.text = format!("# Task {task} (`{shown}`) of the merge below, by `mats-stream materialise`.\n{}", config.text);
+    config.text = format!(
+        "# Task {task} (`{shown}`) of the merge below, by `mats-stream materialise`.\n{}",
+        config.text
+    );
     let paths: Vec<PathBuf> =
         [directory.to_owned(), base.path.clone()].into_iter().chain(base.adapter.clone()).collect();
     if let Some(report) = check_output(out, &paths, &config_hash, options)? {
@@ -159,7 +156,8 @@ impl Base {
 
     /// Opens it; `record` says what it was.
     fn open(&self, record: Option<&InputRecord>, options: &MergeOptions) -> Result<View, Error> {
-        let io = |path: &Path| if IoMode::for_path(path) == IoMode::Pread { IoMode::Pread } else { options.io };
+        let io =
+            |path: &Path| if IoMode::for_path(path) == IoMode::Pread { IoMode::Pread } else { options.io };
         let checkpoint = Arc::new(Checkpoint::open(&self.path, io(&self.path))?);
         let adapter = match &self.adapter {
             Some(path) => Some(Arc::new(Adapter::open(path, &checkpoint, io(path))?)),

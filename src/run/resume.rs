@@ -177,7 +177,8 @@ pub(super) fn open(
         Some(mut found) if found.key.is_some() => {
             let records = std::mem::take(&mut found.records);
             let side = |record: &Record| record.tensor >= plan.blocks.len();
-            let readable = records.into_iter().filter(|record| side(record) || done(record).is_some()).collect();
+            let readable =
+                records.into_iter().filter(|record| side(record) || done(record).is_some()).collect();
             let held = writer.take_over(readable)?;
             // A tensor whose masks are not there is merged again.
             let whole = |record: &&Record| {

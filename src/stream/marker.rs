@@ -41,7 +41,10 @@ impl<'e> Marker<'e> {
             static BITS: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
         }
         let bytes = piece.len().div_ceil(8);
-        debug_assert!(piece.first().is_multiple_of(8), "pieces of a method without rows begin at whole bytes");
+        debug_assert!(
+            piece.first().is_multiple_of(8),
+            "pieces of a method without rows begin at whole bytes"
+        );
         let mut norms = vec![0.0; if self.plan.norms.is_some() { 2 * self.plan.tasks } else { 0 }];
         BITS.with_borrow_mut(|bits| {
             bits.clear();

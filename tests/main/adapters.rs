@@ -302,7 +302,8 @@ fn factors_are_merged_side_by_side_where_that_is_asked_for() {
     let of_q = summed_product(&[(&f[..2], 3.0 * 2.0, 0.75), (&g[..2], 4.0, 0.25)]);
     close(&merged.values(&weight(Q)), &added(&scaled(&q, 4.0), &of_q));
 
-    let arithmetic = "merge_method: task_arithmetic\nbase_model: base\nparameters: { space: factor, lambda: 0.5 }\n";
+    let arithmetic =
+        "merge_method: task_arithmetic\nbase_model: base\nparameters: { space: factor, lambda: 0.5 }\n";
     let merged = world.scratch.merge(&format!("{arithmetic}{models}"), "arithmetic", &[]);
     close(&merged.values(&weight(Q)), &added(&q, &scaled(&of_q, 0.5)));
     close(&merged.values(&weight(V)), &added(&v, &product(&f[2], &f[3], 3.0)));
@@ -342,16 +343,22 @@ fn factors_that_do_not_go_together_are_refused() {
     };
     let linear = "merge_method: linear\nparameters: { space: factor }";
     let refuse = |config: &str, words: &[&str]| world.scratch.refuse_unread(config, words);
-    refuse(&config(linear, &["base+f", "base+thin"]), &["q_proj", "one rank", "`base+thin` has 2", "`delta`"]);
+    refuse(
+        &config(linear, &["base+f", "base+thin"]),
+        &["q_proj", "one rank", "`base+thin` has 2", "`delta`"],
+    );
     refuse(&config(linear, &["base+f", "other+f"]), &["parameters.space", "one base", "`other+f`"]);
     refuse(&config(linear, &["base", "base"]), &["parameters.space", "no model is `base+adapter`"]);
     let word = "merge_method: linear\nparameters: { space: tensor }";
-    refuse(&config(word, &["base+f"]), &["`tensor`", "`factor`"]);
+    refuse(&config(word, &["base+f"]), &["`tensor`", "delta, factor"]);
     let ties = "merge_method: ties\nbase_model: base\nparameters: { weight: 1, space: factor }";
     refuse(&config(ties, &["base+f"]), &["space"]);
     let slices = "merge_method: linear\nparameters: { space: factor }\nslices:\n  - sources:\n    - { model: base+f, layer_range: [0, 1] }\n";
     refuse(slices, &["parameters.space", "`slices` and `modules`"]);
-    let sweep = config("merge_method: linear\nparameters: { space: factor }\nsweep: { parameters.weight: [1, 2] }", &["base+f"]);
+    let sweep = config(
+        "merge_method: linear\nparameters: { space: factor }\nsweep: { parameters.weight: [1, 2] }",
+        &["base+f"],
+    );
     refuse(&sweep, &["parameters.space", "`sweep`"]);
     let zero = "merge_method: linear\nparameters: { space: factor, normalize: false }\nmodels:\n  - { model: base+f, \
                 parameters: { weight: 1 } }\n  - { model: base+f, parameters: { weight: -1 } }\n";

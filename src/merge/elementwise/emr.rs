@@ -78,9 +78,7 @@ fn unified(piece: &Piece<'_>, first: usize, out: &mut [f32]) {
         || {
             for i in 0..piece.models() {
                 let values = piece.model(i)[first..first + len].iter();
-                for (((d, sum), most), least) in
-                    values.zip(&mut sum).zip(&mut *out).zip(&mut negative)
-                {
+                for (((d, sum), most), least) in values.zip(&mut sum).zip(&mut *out).zip(&mut negative) {
                     *sum += *d;
                     *most = most.max(*d);
                     *least = least.min(*d);

@@ -51,7 +51,9 @@ fn build(arguments: &Arguments<'_>) -> Result<Box<dyn Elementwise>, String> {
     let ties = arguments.word("inner", "ties") == "ties";
     let (sum, size) = (weights.iter().sum::<f64>(), weights.iter().map(|w| w.abs()).sum::<f64>());
     if normalize && !ties && sum.abs() <= 1e-12 * size {
-        return Err(format!("the weights {weights:?} sum to 0, and their sum divides (`normalize: false` sums)"));
+        return Err(format!(
+            "the weights {weights:?} sum to 0, and their sum divides (`normalize: false` sums)"
+        ));
     }
     Ok(Box::new(Knots {
         weights,
@@ -107,7 +109,8 @@ impl Knots {
     /// Merges coordinates `[task][len]`, `stride` apart, into `out`.
     fn combine(&self, coordinates: &[f64], stride: usize, out: &mut [f64]) {
         for (k, out) in out.iter_mut().enumerate() {
-            let values = || self.weights.iter().enumerate().map(|(t, w)| (coordinates[t * stride + k] * w, *w));
+            let values =
+                || self.weights.iter().enumerate().map(|(t, w)| (coordinates[t * stride + k] * w, *w));
             let vote: f64 = values().map(|(value, _)| value).sum();
             let (mut sum, mut weight) = (0.0, 0.0);
             for (value, w) in values() {

@@ -11,8 +11,7 @@ const EMR: &str = "merge_method: emr\nbase_model: base";
 const TALL: &str = "merge_method: tall_masks\nbase_model: base\nparameters: { mask_lambda: 0.5 }";
 
 fn materialise(scratch: &Scratch, task: &str, out: &str, flags: &[&str]) -> Output {
-    scratch
-        .run(&[&["materialise", "merged", task, "--out", out, "--progress", "none"][..], flags].concat())
+    scratch.run(&[&["materialise", "merged", task, "--out", out, "--progress", "none"][..], flags].concat())
 }
 
 fn made(scratch: &Scratch, task: &str, out: &str, flags: &[&str]) -> Merged {
@@ -78,7 +77,10 @@ fn every_task_is_made_of_masks_and_the_merged_model() {
                 let of_mask = of_mask.sum::<f64>();
                 // Values are f32 differences of stored ones: half a unit of 1 each, and exact sums.
                 let bound = HALF_ULP * base.len() as f64;
-                assert!((sums[t] - of_task).abs() <= bound && (sums[3 + t] - of_mask).abs() <= bound, "{name}");
+                assert!(
+                    (sums[t] - of_task).abs() <= bound && (sums[3 + t] - of_mask).abs() <= bound,
+                    "{name}"
+                );
                 own[t] += of_task / base.len() as f64;
                 masked[t] += of_mask / base.len() as f64;
             }
@@ -87,11 +89,8 @@ fn every_task_is_made_of_masks_and_the_merged_model() {
             let factor = if rescales { own[t] / masked[t] } else { 1.0 };
             let model = made(&world.scratch, &t.to_string(), &format!("task{t}"), &[]);
             let config = format!("{head}\nparameters: {{ task: {t} }}");
-            let config = if head == TALL {
-                TALL.replace("{ mask", &format!("{{ task: {t}, mask"))
-            } else {
-                config
-            };
+            let config =
+                if head == TALL { TALL.replace("{ mask", &format!("{{ task: {t}, mask")) } else { config };
             let direct = world.scratch.merge(&World::config(&config, &["", "", ""]), &format!("d{t}"), &[]);
             assert!(!direct.directory.join("masks.safetensors").exists(), "one task alone");
             for (name, _) in TENSORS {
@@ -191,12 +190,13 @@ fn a_killed_run_resumes_to_the_same_masks() {
         scratch.run_with(&args, &[("MATS_STREAM_FAIL", &format!("commit.often=;{fail}"))])
     };
     assert_eq!(run("merged", &[], "").code, 0);
-    let expected = masks(&scratch.join("merged"));
+    let file = |out: &str| std::fs::read(scratch.join(out).join("masks.safetensors")).expect("masks");
+    let expected = file("merged");
     for point in ["shard.write=kill@2", "shard.write=kill@9", "shard.write=kill@14", "rename.shard=kill@1"] {
         assert_eq!(run("again", &[], point).code, 137, "{point}");
         let resumed = run("again", &["--resume"], "");
         assert_eq!(resumed.code, 0, "{point}: {}", resumed.stderr);
-        assert_eq!(masks(&scratch.join("again")), expected, "{point}");
+        assert!(file("again") == expected, "{point}");
         let again = scratch.merged("again");
         for (name, tensor) in &scratch.merged("merged").tensors {
             assert!(again.tensor(name).bytes == tensor.bytes, "{point}: {name}");
@@ -241,7 +241,7 @@ fn what_cannot_be_made_is_refused() {
     };
     refused(&["materialise", "plain", "0", "--out", "out"], &["masks.safetensors", "emr"]);
     refused(&["materialise", "m0", "0", "--out", "out"], &["merge_report.json"]);
-    for task in ["3", "m7", "-1x", "base"] {
+    for task in ["3", "m7", "1x", "base"] {
         refused(&["materialise", "merged", task, "--out", "out"], &["TASK", "0 `m0`", "2 `m2`"]);
     }
     refused(&["materialise", "merged", "0", "--out", "merged/inside"], &["merged"]);

@@ -274,8 +274,7 @@ fn knots_of_low_rank_adapters_keeps_to_their_directions() {
     let head = "merge_method: knots\nbase_model: base\nparameters: { density: 0.4 }";
     let merged = scratch.merge(&World::config(head, &["", ""]), "out", &[]);
     assert_eq!(merged.values("still.weight"), still.values());
-    let change: Vec<f64> =
-        merged.values("a.weight").iter().zip(base.values()).map(|(x, b)| x - b).collect();
+    let change: Vec<f64> = merged.values("a.weight").iter().zip(base.values()).map(|(x, b)| x - b).collect();
     let change = Matrix::new(m, n, change);
     let span = top(&svd(&polar(&stack(&lefts))).right, 4);
     let outside = change.plus(-1.0, &span.transpose().times(&span.times(&change)));
