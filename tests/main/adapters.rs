@@ -255,9 +255,12 @@ fn what_is_no_plain_adapter_is_refused_by_name() {
     world.scratch.refuse_unread(&World::config("none"), &["adapter_config.json"]);
 }
 
+/// A and B, and the weight of each.
+type Weighed<'t> = (&'t [Tensor], f64, f64);
+
 /// `(Σ bᵢBᵢ)·(Σ aᵢAᵢ)` in f64.
-fn summed_product(terms: &[(&[Tensor], f64, f64)]) -> Vec<f64> {
-    let sum = |place: usize, weight: &dyn Fn(&(&[Tensor], f64, f64)) -> f64| {
+fn summed_product(terms: &[Weighed<'_>]) -> Vec<f64> {
+    let sum = |place: usize, weight: &dyn Fn(&Weighed<'_>) -> f64| {
         let mut total = vec![0.0; terms[0].0[place].values().len()];
         for term in terms {
             for (t, v) in total.iter_mut().zip(term.0[place].values()) {
