@@ -12,6 +12,7 @@ Examples:
   mats-stream merge merge.yml --out merged --max-memory 8GiB --threads 4
   mats-stream inspect models/base --stats                 tensors, norms, NaN and Inf counts
   mats-stream diff merged models/base --tolerance 1e-6    exit 1 where they differ by more
+  mats-stream materialise merged 0 --out task0            one task's model of a merge that kept masks
   mats-stream verify merged                               exit 1 where a tensor is not as it was written
   mats-stream report merged                               one HTML page of what the merge did
 
@@ -53,6 +54,11 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Compare two checkpoints tensor by tensor
     Diff(DiffArgs),
+    /// Make one task's model of a merge that kept masks (emr, tall_masks)
+    ///
+    /// DIR is the output directory of the merge. TASK is a model of its config, by its number from 0 (the base
+    /// aside) or by name. The base is looked for where the merge found it, or at --base.
+    Materialise(MaterialiseArgs),
     /// Check a finished directory against the checksums of its report; exit 1 where anything differs
     Verify(VerifyArgs),
     /// Write one self-contained HTML page of what a merge did
@@ -161,6 +167,54 @@ pub struct DiffArgs {
     /// Print strict JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// `materialise DIR TASK --out DIR2`.
+#[derive(Debug, Clone, Args)]
+pub struct MaterialiseArgs {
+    /// Output directory of a finished merge with masks
+    #[arg(value_name = "DIR")]
+    pub directory: PathBuf,
+
+    /// The model to make: its number from 0, or its name in the config
+    #[arg(value_name = "TASK")]
+    pub task: String,
+
+    /// Directory to write; must not exist, be empty, or hold this very run to --resume
+    #[arg(long, short, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Where the merge's base model is now, as PATH or PATH+ADAPTER
+    #[arg(long, value_name = "PATH")]
+    pub base: Option<String>,
+
+    /// Hard bound on memory, page cache aside, as 8GiB [default: 80 % of what is available]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub max_memory: Option<u64>,
+
+    /// Threads to compute with; 0 = all
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = parse_threads)]
+    pub threads: usize,
+
+    /// Largest file of the output, in bytes
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_size)]
+    pub out_shard_size: u64,
+
+    /// How inputs are read
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = IoMode::Mmap)]
+    pub io: IoMode,
+
+    /// What a NaN or Inf in an input does
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = Nonfinite::Error)]
+    pub nonfinite: Nonfinite,
+
+    /// Continue a run that ended early in the output directory; the result is the same, bit for bit
+    #[arg(long)]
+    pub resume: bool,
+
+    /// How progress is shown on stderr
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = ProgressMode::Auto)]
+    pub progress: ProgressMode,
 }
 
 /// `verify DIR`.

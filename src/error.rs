@@ -1,6 +1,7 @@
 //! The crate's error: what went wrong and which exit code that is.
 
 use crate::config::ConfigError;
+use crate::masks::MasksError;
 use crate::merge::MergeError;
 use crate::plan::PlanError;
 use crate::read::ReadError;
@@ -38,6 +39,9 @@ pub enum Error {
         /// What was found and expected.
         what: String,
     },
+    /// The masks of a finished merge.
+    #[error(transparent)]
+    Masks(#[from] MasksError),
     /// A statistics file.
     #[error(transparent)]
     Statistics(#[from] StatisticsError),
@@ -89,12 +93,14 @@ impl Error {
         match self {
             Self::Read(error)
             | Self::Adapter(AdapterError::Read(error))
+            | Self::Masks(MasksError::Read(error))
             | Self::Tokenizer(TokenizerError::Read(error)) => error.exit_class().code(),
             Self::Config(_)
             | Self::Report(_)
             | Self::Flag { .. }
             | Self::Adapter(_)
             | Self::Tokenizer(_)
+            | Self::Masks(_)
             | Self::Section { .. } => 2,
             Self::Statistics(error) => error.exit_class().code(),
             Self::Plan(PlanError::Merge(error)) | Self::Merge(error) => merge_code(error),

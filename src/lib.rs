@@ -57,6 +57,7 @@ pub mod diff;
 pub mod error;
 pub mod inspect;
 pub mod kernel;
+pub mod masks;
 pub mod merge;
 pub mod operator;
 pub mod plan;

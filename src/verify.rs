@@ -105,6 +105,7 @@ pub fn verify(directory: &Path, inputs: bool, io: IoMode) -> Result<Verification
             Err(error) => check.find(Finding::BrokenFile, &output.name, chain(&error)),
         }
     }
+    check.side(directory, io)?;
     check.extra_files(directory);
     check.index(directory, io);
     let found = if inputs { Some(check.inputs(directory)) } else { None };
@@ -156,7 +157,7 @@ impl Check<'_> {
         self.problems.push(Problem { what, name: name.to_owned(), detail });
     }
 
-    /// Reads one tensor and compares.
+    /// One of the model's tensors.
     fn tensor(&mut self, file: &InputFile, shard: &str, tensor: &TensorMeta) -> Result<(), ReadError> {
         let name = &tensor.name;
         let Some(parameter) = self.report.parameters.get(name) else {
@@ -166,7 +167,48 @@ impl Check<'_> {
         if let Some(other) = self.seen.insert(name.clone(), shard.to_owned()) {
             self.find(Finding::ExtraTensor, name, format!("in {shard} and in {other}"));
         }
-        let recorded = parameter.checksum.as_deref();
+        self.compare(file, shard, tensor, parameter.checksum.as_deref())
+    }
+
+    /// The tensors of the file beside the shards.
+    fn side(&mut self, directory: &Path, io: IoMode) -> Result<(), ReadError> {
+        let Some(side) = &self.report.side else { return Ok(()) };
+        let (file, tensors) = match shard(directory, &side.name, io) {
+            Ok(found) => found,
+            Err(error) => {
+                self.find(Finding::BrokenFile, &side.name, chain(&error));
+                return Ok(());
+            }
+        };
+        if file.len() != side.bytes {
+            let detail = format!("got {} bytes, expected {}", file.len(), side.bytes);
+            self.find(Finding::BrokenFile, &side.name, detail);
+        }
+        for tensor in &tensors {
+            match side.tensors.get(&tensor.name) {
+                Some(recorded) => self.compare(&file, &side.name, tensor, Some(recorded))?,
+                None => {
+                    let detail = format!("in {}, not in the report", side.name);
+                    self.find(Finding::ExtraTensor, &tensor.name, detail);
+                }
+            }
+        }
+        let found: BTreeSet<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+        for name in side.tensors.keys().filter(|name| !found.contains(name.as_str())) {
+            self.find(Finding::MissingTensor, name, format!("in the report, not in {}", side.name));
+        }
+        file.check_unchanged()
+    }
+
+    /// Reads one tensor and compares it with its checksum.
+    fn compare(
+        &mut self,
+        file: &InputFile,
+        shard: &str,
+        tensor: &TensorMeta,
+        recorded: Option<&str>,
+    ) -> Result<(), ReadError> {
+        let name = &tensor.name;
         let Some(expected) = recorded.and_then(Checksum::parse) else {
             let detail = match recorded {
                 Some(text) => format!("got `{}`, expected a checksum of this version", escaped(text)),
@@ -205,13 +247,14 @@ impl Check<'_> {
 
     /// Weight files beside those of the record: a loader may prefer them.
     fn extra_files(&mut self, directory: &Path) {
-        let known: BTreeSet<&str> = self.report.outputs.iter().map(|o| o.name.as_str()).collect();
+        let outputs = self.report.outputs.iter().map(|o| o.name.as_str());
+        let known: BTreeSet<&str> = outputs.chain(self.report.side.iter().map(|s| s.name.as_str())).collect();
         let Ok(entries) = std::fs::read_dir(directory) else { return };
         let mut extra: Vec<String> = entries
             .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
             .filter(|name| {
                 let weights = name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json");
-                let index = name == INDEX_NAME && known.len() > 1;
+                let index = name == INDEX_NAME && self.report.outputs.len() > 1;
                 weights && !index && !known.contains(name.as_str())
             })
             .collect();

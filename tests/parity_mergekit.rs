@@ -86,6 +86,7 @@ fn tied(suffix: &str) -> BTreeMap<String, Vec<bool>> {
 
 /// Methods that select by size.
 fn selects(case: &str) -> bool {
+    let case = case.strip_prefix("stack-").unwrap_or(case);
     ["ties", "breadcrumbs", "sce"].iter().any(|method| case.starts_with(method))
 }
 

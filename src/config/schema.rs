@@ -184,6 +184,11 @@ impl Round {
         self.number(None, "lambda", tensor, t).unwrap_or(1.0)
     }
 
+    /// Whether the factors of adapters are merged side by side for one tensor; their products unless asked for.
+    pub fn factor_space(&self, tensor: &str, t: f64) -> bool {
+        self.word("space", tensor, t) == Some("factor")
+    }
+
     /// Whether weights are divided by their sum: true for `linear`, false for `task_arithmetic` unless given.
     pub fn normalize(&self, tensor: &str, t: f64) -> bool {
         self.boolean(None, "normalize", tensor, t).unwrap_or(self.method == Method::Linear)
@@ -326,8 +331,13 @@ impl Method {
 
     /// The names that `parameters` may hold.
     pub(super) fn parameters(self) -> &'static [ParameterSpec] {
-        const LINEAR: &[ParameterSpec] =
-            &[ParameterSpec::number("weight", Range::Any).per_model(), ParameterSpec::boolean("normalize")];
+        // Whether adapters are merged as the weights' changes that they stand for, or factor by factor.
+        const SPACE: ParameterSpec = ParameterSpec::word("space", &["delta", "factor"]);
+        const LINEAR: &[ParameterSpec] = &[
+            ParameterSpec::number("weight", Range::Any).per_model(),
+            ParameterSpec::boolean("normalize"),
+            SPACE,
+        ];
         const TASK_ARITHMETIC: &[ParameterSpec] = &[
             ParameterSpec::number("weight", Range::Any).per_model(),
             ParameterSpec::boolean("normalize"),
@@ -336,6 +346,7 @@ impl Method {
             ParameterSpec::number("density", Range::Unit).per_model(),
             ParameterSpec::boolean("rescale"),
             ParameterSpec::boolean("int8_mask"),
+            SPACE,
         ];
         const SOLVED: &[ParameterSpec] = &[
             ParameterSpec::number("weight", Range::NonNegative).per_model(),

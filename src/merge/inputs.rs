@@ -99,6 +99,8 @@ pub struct Inputs {
     pub base: Option<SourceId>,
     /// Checkpoints named by `initial`, by path as resolved.
     pub initials: HashMap<std::path::PathBuf, SourceId>,
+    /// What `space: factor` makes of tensors that adapters change: a model that holds the results.
+    pub factors: Option<SourceId>,
     /// Tensors that a checkpoint stores under another name: (source, name) to stored name (`--untie`).
     pub tied: HashMap<(SourceId, String), String>,
     /// Whether values that are not finite are an error.

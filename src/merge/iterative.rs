@@ -202,7 +202,12 @@ pub struct BlockContext<'a> {
     pub observe: &'a (dyn Fn(&IterationRecord) + Sync),
     /// A sweep hands iterates on.
     pub watch: Option<&'a Watch<'a>>,
+    /// Sees every piece that a start's method merges, before it is merged.
+    pub piece: Option<&'a SeePiece<'a>>,
 }
+
+/// Takes a piece of a method's merge, from many threads.
+pub type SeePiece<'a> = dyn Fn(&super::elementwise::Piece<'_>) -> Result<(), super::MergeError> + Sync + 'a;
 
 impl BlockContext<'_> {
     /// # Errors

@@ -25,7 +25,7 @@ mod two_term;
 pub use direct::DirectMemory;
 pub use elementwise::{PIECE, merge_elementwise};
 pub use inputs::{Inputs, ModelInput, OutputFiles, SourceId, Tally};
-pub use iterative::{BlockContext, IterativeMemory, SolveDetail, SolveOutcome};
+pub use iterative::{BlockContext, IterativeMemory, SeePiece, SolveDetail, SolveOutcome};
 pub(crate) use kfac::{apply_flops, kronecker_kind, rotates};
 pub use pieces::MOST_BYTES as SHARED_PIECE_BYTES;
 pub use recipe::{GramKind, Iteration, Recipe, Solve, SolveModel, SolverChoice, Start, System};

@@ -127,7 +127,17 @@ impl Resolver<'_> {
         }
     }
 
+    /// What the adapters' factors make of the tensor, where they are merged side by side and change it.
+    fn factors(&self) -> Option<Start> {
+        let source = self.inputs.factors?;
+        let view = &self.inputs.checkpoints[source];
+        view.get(self.name()).filter(|meta| !view.is_stored(meta)).map(|_| Start::Copy(source))
+    }
+
     fn linear(&self, round: &Round) -> Result<Start, MergeError> {
+        if let Some(start) = self.factors() {
+            return Ok(start);
+        }
         let terms: Vec<_> = self
             .inputs
             .models
@@ -142,6 +152,9 @@ impl Resolver<'_> {
     }
 
     fn task_arithmetic(&self, round: &Round) -> Result<Start, MergeError> {
+        if let Some(start) = self.factors() {
+            return Ok(start);
+        }
         let base = self.base();
         let terms: Vec<_> = self
             .inputs

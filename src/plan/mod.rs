@@ -8,17 +8,19 @@ pub mod budget;
 mod print;
 pub mod shards;
 mod sweep;
+mod task;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use align::{AlignError, Alignment, align};
 use budget::BlockMemory;
-use shards::{LayoutError, OutputLayout, TensorSpec};
+use shards::{LayoutError, OutputLayout, SideLayout, TensorSpec};
 
 use crate::config::{MergeConfig, OutDtype, SliceLayers};
+use crate::masks::{self, Rescaler, mask_bytes, mask_spec, norms_spec};
 use crate::merge::block::{Stage, Strategy};
-use crate::merge::elementwise::{self, MethodStart};
+use crate::merge::elementwise::{self, MethodStart, TaskMasks};
 use crate::merge::{
     Inputs, Iteration, LayerPosition, MergeError, Recipe, Solve, SolverChoice, SourceId, Start, System,
     apply_flops, gram_key, input_factors_key, kronecker_kind, resolve, rotates, statistics_keys,
@@ -29,6 +31,7 @@ use crate::read::{Dtype, TensorMeta};
 use crate::report::units::Bytes;
 
 pub use sweep::SweepPlan;
+pub use task::TaskSources;
 
 /// Blocks with more flops than this run alone with parallel kernels, smaller ones side by side.
 const LARGE_FLOPS: f64 = 1e9;
@@ -121,15 +124,61 @@ pub struct BlockPlan {
     pub read_bytes: u64,
     /// Times that the start reads its checkpoints.
     pub passes: u64,
-    /// Of the output.
+    /// Of the output's tensor.
     pub write_bytes: u64,
+    /// What is kept of every task beside it.
+    pub masks: Option<MaskPlan>,
     /// Upper bound: all iterations.
     pub flops: f64,
     /// Runs alone with parallel kernels.
     pub large: bool,
 }
 
+/// Masks that a method keeps of a tensor: see [`crate::masks`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MaskPlan {
+    /// Models that are merged.
+    pub tasks: usize,
+    /// What they are scaled by.
+    pub rescaler: Rescaler,
+    /// Number of the mask's tensor in the layout.
+    pub mask: usize,
+    /// Number of the norms' tensor, where there is a rescaler.
+    pub norms: Option<usize>,
+    /// Bytes of both.
+    pub bytes: u64,
+}
+
+impl MaskPlan {
+    fn new(start: &MethodStart, method: &dyn TaskMasks, elements: u64) -> Self {
+        let (tasks, rescaler) = (start.models.len(), method.rescaler());
+        let norms = if rescaler == Rescaler::None { 0 } else { 16 * tasks as u64 };
+        let bytes = tasks as u64 * mask_bytes(elements) + norms;
+        Self { tasks, rescaler, mask: 0, norms: None, bytes }
+    }
+
+    /// What is held beside the merge: bits of a piece a worker, ragged pieces of checksums, the norms of each piece.
+    fn memory_bytes(&self, elements: u64, workers: usize) -> u64 {
+        let (tasks, pieces) = (self.tasks as u64, elements.div_ceil(elementwise::PIECE as u64));
+        let workers = (workers as u64).min(pieces);
+        let bits = tasks * elementwise::PIECE as u64 / 8;
+        // A row is written 2 KiB at a time: until 64 KiB of it are there, they are kept to be hashed.
+        let ragged = tasks * (64 << 10).min(mask_bytes(elements));
+        workers * (bits + 2 * ragged) + pieces * (16 * tasks + 64)
+    }
+}
+
 impl BlockPlan {
+    /// Bytes written for it.
+    pub fn output_bytes(&self) -> u64 {
+        self.write_bytes + self.masks.map_or(0, |masks| masks.bytes)
+    }
+
+    /// Its tensors in the layout that are not the model's.
+    pub fn side_tensors(&self) -> impl Iterator<Item = usize> {
+        self.masks.into_iter().flat_map(|masks| std::iter::once(masks.mask).chain(masks.norms))
+    }
+
     /// Whether its start is a method with passes of its own.
     pub fn has_passes(&self) -> bool {
         matches!(&self.action, Action::Merge { recipe, .. } if matches!(recipe.start, Start::Method(_)))
@@ -154,7 +203,7 @@ pub struct MergePlan {
     pub blocks: Vec<BlockPlan>,
     /// In the order they run.
     pub units: Vec<Unit>,
-    /// Files of the output; tensor k of the layout is block k.
+    /// Files of the output; tensor k of the layout is block k, and behind them are the tensors of a side file.
     pub layout: OutputLayout,
     /// Tensors that are not in the output, and why.
     pub left_out: BTreeMap<String, String>,
@@ -225,10 +274,11 @@ impl MergePlan {
         for source in &inputs.checkpoints {
             warnings.extend(source.warnings().cloned());
         }
-        let Whole { blocks, left_out, worst: (worst_bytes, worst), model_pass_bytes, .. } = whole;
+        let Whole { mut blocks, left_out, worst: (worst_bytes, worst), model_pass_bytes, .. } = whole;
         for (name, reason) in &left_out {
             warnings.push(format!("tensor `{}` is left out: {reason}", crate::read::escaped(name)));
         }
+        warnings.extend(narrowed(&blocks));
         let least_memory_bytes = overhead_bytes + worst_bytes;
         if least_memory_bytes > limits.max_memory {
             return Err(PlanError::Memory {
@@ -247,7 +297,10 @@ impl MergePlan {
                 bytes: b.write_bytes,
             })
             .collect();
-        let layout = OutputLayout::new(specs, limits.shard_bytes)?;
+        let mut layout = OutputLayout::new(specs, limits.shard_bytes)?;
+        if let Some(side) = masks_layout(inputs, &mut blocks) {
+            layout = layout.with_side(side)?;
+        }
         Ok(Self {
             blocks,
             units,
@@ -284,15 +337,69 @@ impl MergePlan {
         })
     }
 
-    /// Tensor bytes of the output.
+    /// Tensor bytes of the output, a side file's included.
     pub fn write_bytes(&self) -> u64 {
-        self.blocks.iter().map(|b| b.write_bytes).sum()
+        self.blocks.iter().map(BlockPlan::output_bytes).sum()
     }
 
     /// Upper bound of the floating point operations.
     pub fn flops(&self) -> f64 {
         self.blocks.iter().map(|b| b.flops).sum()
     }
+}
+
+/// The file of masks, if some block keeps any; gives each its tensors' numbers, which follow the blocks'.
+fn masks_layout(inputs: &Inputs, blocks: &mut [BlockPlan]) -> Option<SideLayout> {
+    let mut number = blocks.len();
+    let mut next = || {
+        number += 1;
+        number - 1
+    };
+    let mut specs = Vec::new();
+    let mut metadata = None;
+    for block in blocks.iter_mut() {
+        let elements = block.block.elements() as u64;
+        let Some(masks) = &mut block.masks else { continue };
+        masks.mask = next();
+        specs.push(mask_spec(&block.name, elements, masks.tasks));
+        if masks.rescaler != Rescaler::None {
+            masks.norms = Some(next());
+            specs.push(norms_spec(&block.name, masks.tasks));
+        }
+        if let Action::Merge { recipe: Recipe { start: Start::Method(start), .. }, .. } = &block.action {
+            metadata.get_or_insert_with(|| {
+                let name = |source: SourceId| inputs.names[source].as_str();
+                let tasks: Vec<&str> = start.models.iter().map(|model| name(*model)).collect();
+                masks::metadata(start.name, masks.rescaler, start.base.map_or("", name), &tasks)
+            });
+        }
+    }
+    let metadata = metadata?;
+    Some(SideLayout { file_name: masks::MASKS_FILE.to_owned(), metadata, specs })
+}
+
+/// What a user of f64 checkpoints should know: averages and task arithmetic, solves and methods on singular vectors are f64
+/// where the output is; methods with passes of their own see f32 values, as order statistics are of 32 bits.
+fn narrowed(blocks: &[BlockPlan]) -> Option<String> {
+    let in_f32 = |block: &&BlockPlan| {
+        let Action::Merge { recipe, .. } = &block.action else { return false };
+        let method = matches!(recipe.start, Start::Method(_)) && recipe.whole_tensor().is_none();
+        block.dtype == Dtype::F64 && method
+    };
+    let mut narrow = blocks.iter().filter(in_f32);
+    let first = narrow.next()?;
+    let method = match &first.action {
+        Action::Merge { recipe: Recipe { start: Start::Method(start), .. }, .. } => start.name,
+        _ => "",
+    };
+    Some(format!(
+        "tensor `{}`{}: stored as F64, but `{method}` computes in f32: the result has f32's precision",
+        crate::read::escaped(&first.name),
+        match narrow.count() {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        }
+    ))
 }
 
 /// Lines the checkpoints up, and enters dissolved ties in `inputs`.
@@ -388,6 +495,7 @@ impl Whole {
                 read_bytes: view.read_bytes(meta),
                 passes: 1,
                 write_bytes: meta.bytes,
+                masks: None,
                 flops: 0.0,
                 large: elements > LARGE_ELEMENTS,
             });
@@ -426,21 +534,7 @@ impl Planner<'_> {
                 .find(|s| inputs.checkpoints[*s].get(&meta.name).is_some())
                 .unwrap_or(reference)
         };
-        let mut plan = BlockPlan {
-            name: meta.name.clone(),
-            section: self.section,
-            shape: meta.shape.clone(),
-            block: BlockShape::new(1, meta.elements() as usize),
-            dtype: meta.dtype,
-            action: Action::Copy { source, reason: "" },
-            unmatched: None,
-            memory_bytes: 0,
-            read_bytes: meta.bytes,
-            passes: 1,
-            write_bytes: meta.bytes,
-            flops: 0.0,
-            large: meta.elements() as usize > LARGE_ELEMENTS,
-        };
+        let mut plan = self.copied(meta, source, "");
         let copied = |reason| Action::Copy { source, reason };
         if !meta.dtype.is_float() {
             plan.action = copied("integers are copied, not merged");
@@ -453,7 +547,37 @@ impl Planner<'_> {
         let resolution = resolve(self.config, inputs, meta, &self.layers)?;
         plan.unmatched = resolution.unmatched;
         plan.dtype = self.config.output_dtype().map_or(meta.dtype, stored);
-        let recipe = resolution.recipe;
+        self.merged(plan, meta, resolution.recipe)
+    }
+
+    /// The block of a tensor that is taken from `source` as it is.
+    fn copied(&self, meta: &TensorMeta, source: SourceId, reason: &'static str) -> BlockPlan {
+        BlockPlan {
+            name: meta.name.clone(),
+            section: self.section,
+            shape: meta.shape.clone(),
+            block: BlockShape::new(1, meta.elements() as usize),
+            dtype: meta.dtype,
+            action: Action::Copy { source, reason },
+            unmatched: None,
+            memory_bytes: 0,
+            read_bytes: meta.bytes,
+            passes: 1,
+            write_bytes: meta.bytes,
+            masks: None,
+            flops: 0.0,
+            large: meta.elements() as usize > LARGE_ELEMENTS,
+        }
+    }
+
+    /// The block of a tensor that is merged by `recipe`.
+    fn merged(
+        &mut self,
+        mut plan: BlockPlan,
+        meta: &TensorMeta,
+        recipe: Recipe,
+    ) -> Result<BlockPlan, PlanError> {
+        let inputs = self.inputs;
         if recipe.solves.is_empty()
             && let Start::Copy(from) = recipe.start
             && inputs
@@ -480,10 +604,12 @@ impl Planner<'_> {
         plan.read_bytes = self.read_bytes(meta, &recipe);
         plan.flops = flops(inputs, &meta.name, plan.block, &recipe);
         plan.large = plan.large || plan.flops > LARGE_FLOPS;
-        // Factors of adapters, mean rows: held from the first value read to the last.
-        let held = self.held_bytes(meta, &recipe);
-        let available = self.available.saturating_sub(held);
         let workers = if plan.large || !recipe.solves.is_empty() { self.threads } else { 1 };
+        plan.masks = self.masks(meta, &recipe)?;
+        let kept = plan.masks.map_or(0, |masks| masks.memory_bytes(meta.elements(), workers));
+        // Factors of adapters, mean rows: held from the first value read to the last.
+        let held = self.held_bytes(meta, &recipe) + kept;
+        let available = self.available.saturating_sub(held);
         let fit = |available| {
             budget::fit(inputs, &meta.name, &recipe, plan.block, workers, available, self.variant)
         };
@@ -505,6 +631,33 @@ impl Planner<'_> {
             self.worst = (least, meta.name.clone());
         }
         Ok(plan)
+    }
+
+    /// What the recipe's method keeps of every task. `materialise` reads the base's tensors as they are stored.
+    fn masks(&self, meta: &TensorMeta, recipe: &Recipe) -> Result<Option<MaskPlan>, MergeError> {
+        let Start::Method(start) = &recipe.start else { return Ok(None) };
+        let Some(method) = start.method.task_masks().filter(|_| recipe.solves.is_empty()) else {
+            return Ok(None);
+        };
+        let what = if self.section.is_some() {
+            "slices and modules"
+        } else if self.config.tokenizer.is_some() {
+            "`tokenizer` and `tokenizer_source`"
+        } else if self.variant {
+            "a sweep"
+        } else if !self.inputs.tied.is_empty() {
+            "`--untie`"
+        } else {
+            return Ok(Some(MaskPlan::new(start, method, meta.elements())));
+        };
+        Err(MergeError::Parameters {
+            tensor: meta.name.clone(),
+            method: start.name,
+            reason: format!(
+                "keeps masks of every task, which go with the base as it is stored (got {what}); \
+                 `masks: false` keeps none, `task` writes one task's model"
+            ),
+        })
     }
 
     fn held_bytes(&self, meta: &TensorMeta, recipe: &Recipe) -> u64 {

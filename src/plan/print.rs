@@ -83,7 +83,7 @@ impl MergePlan {
                     "passes": b.passes,
                     "memory_bytes": b.memory_bytes,
                     "bytes_read": b.read_bytes,
-                    "bytes_written": b.write_bytes,
+                    "bytes_written": b.output_bytes(),
                     "flops": b.flops,
                 })
             })

@@ -3,7 +3,7 @@
 //! The plan calls it once the output's tensors are known; the writer places bytes by it and never
 //! decides a place itself. It touches no file and never looks at tensor data.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use serde_json::{Map, Value, json};
 use thiserror::Error;
@@ -20,7 +20,7 @@ pub const INDEX_NAME: &str = "model.safetensors.index.json";
 const METADATA_KEY: &str = "__metadata__";
 
 /// The metadata that transformers expects of a checkpoint that PyTorch will load.
-const METADATA_ENTRY: &str = r#""__metadata__":{"format":"pt"}"#;
+const METADATA: &str = r#"{"format":"pt"}"#;
 
 /// One tensor of the output, in output order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,11 +62,25 @@ pub struct ShardLayout {
     pub tensors: Vec<PlacedTensor>,
 }
 
+/// A file of tensors that are not the model's: beside the shards, in no index.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SideLayout {
+    /// Its final name.
+    pub file_name: String,
+    /// The strings of its header.
+    pub metadata: BTreeMap<String, String>,
+    /// Its tensors, in order.
+    pub specs: Vec<TensorSpec>,
+}
+
 /// The whole output: every tensor exactly once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OutputLayout {
     specs: Vec<TensorSpec>,
+    /// Those of the model come first.
+    model_tensors: usize,
     shards: Vec<ShardLayout>,
+    model_shards: usize,
     /// Per tensor: its shard and its first byte in that file.
     places: Vec<(u32, u64)>,
 }
@@ -139,6 +153,19 @@ pub enum LayoutError {
         bytes: u64,
     },
 
+    /// A side file of so many tensors that its header passes the format's limit.
+    #[error(
+        "{file}: its header would take {} (at most {} allowed): there are too many parameters for it",
+        Bytes(*bytes),
+        Bytes(MAX_HEADER_BYTES)
+    )]
+    SideHeader {
+        /// The file.
+        file: String,
+        /// The header's length.
+        bytes: u64,
+    },
+
     /// A shard size of 0.
     #[error("shard size 0: a shard must hold something (expected at least 1 byte)")]
     ZeroShardSize,
@@ -177,26 +204,60 @@ impl OutputLayout {
                 1 => "model.safetensors".to_owned(),
                 _ => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
             };
-            let shard = lay_out_shard(&specs, file_name, members);
+            let shard = lay_out_shard(&specs, file_name, METADATA, members);
             for placed in &shard.tensors {
                 places[placed.spec] = (number as u32, placed.offset);
             }
             shards.push(shard);
         }
-        Ok(Self { specs, shards, places })
+        Ok(Self { model_tensors: specs.len(), model_shards: count, specs, shards, places })
     }
 
-    /// The tensors, in the order given.
+    /// The same with a file beside the model's, whose tensors are numbered behind those that are there.
+    ///
+    /// # Errors
+    /// [`LayoutError`], naming the tensor or the file.
+    pub fn with_side(mut self, side: SideLayout) -> Result<Self, LayoutError> {
+        let SideLayout { file_name, metadata, specs } = side;
+        let first = self.specs.len();
+        self.specs.extend(specs);
+        check_specs(&self.specs)?;
+        let metadata = serde_json::to_string(&metadata).expect("strings always serialise");
+        let members = (first..self.specs.len()).collect();
+        let shard = lay_out_shard(&self.specs, file_name, &metadata, members);
+        if shard.data_start - 8 > MAX_HEADER_BYTES {
+            return Err(LayoutError::SideHeader { file: shard.file_name, bytes: shard.data_start - 8 });
+        }
+        self.places.resize(self.specs.len(), (0, 0));
+        for placed in &shard.tensors {
+            self.places[placed.spec] = (self.shards.len() as u32, placed.offset);
+        }
+        self.shards.push(shard);
+        Ok(self)
+    }
+
+    /// The tensors, in the order given: the model's, then those of a side file.
     pub fn specs(&self) -> &[TensorSpec] {
         &self.specs
     }
 
-    /// The files, in order. There is always at least one, if only with an empty header.
+    /// The files, in order: the model's shards, then a side file. There is always at least one shard, if only with an
+    /// empty header.
     pub fn shards(&self) -> &[ShardLayout] {
         &self.shards
     }
 
-    /// Whether `name` is the final name of a shard or of the index.
+    /// The model's shards alone.
+    pub fn model_shards(&self) -> &[ShardLayout] {
+        &self.shards[..self.model_shards]
+    }
+
+    /// The file beside them, and the number of its first tensor.
+    pub fn side(&self) -> Option<(&ShardLayout, usize)> {
+        self.shards.get(self.model_shards).map(|shard| (shard, self.model_tensors))
+    }
+
+    /// Whether `name` is the final name of a shard, of the side file or of the index.
     pub fn owns(&self, name: &str) -> bool {
         name == INDEX_NAME || self.shards.iter().any(|shard| shard.file_name == name)
     }
@@ -207,7 +268,7 @@ impl OutputLayout {
         self.places.get(tensor).map(|&(shard, offset)| (shard as usize, offset))
     }
 
-    /// Bytes of tensor data: the index's `total_size`.
+    /// Bytes of tensor data, a side file's included.
     pub fn tensor_bytes(&self) -> u64 {
         self.specs.iter().map(|spec| spec.bytes).sum()
     }
@@ -219,10 +280,10 @@ impl OutputLayout {
 
     /// `model.safetensors.index.json`, with its names sorted; `None` where a single file needs none.
     pub fn index_json(&self) -> Option<Vec<u8>> {
-        if self.shards.len() < 2 {
+        if self.model_shards < 2 {
             return None;
         }
-        let mut order: Vec<usize> = (0..self.specs.len()).collect();
+        let mut order: Vec<usize> = (0..self.model_tensors).collect();
         order.sort_unstable_by(|&a, &b| self.specs[a].name.cmp(&self.specs[b].name));
         let weight_map: Map<String, Value> = order
             .into_iter()
@@ -231,7 +292,8 @@ impl OutputLayout {
                 (self.specs[tensor].name.clone(), Value::from(file.as_str()))
             })
             .collect();
-        let index = json!({ "metadata": { "total_size": self.tensor_bytes() }, "weight_map": weight_map });
+        let total: u64 = self.specs[..self.model_tensors].iter().map(|spec| spec.bytes).sum();
+        let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
         let mut bytes = serde_json::to_vec_pretty(&index).expect("strings and integers always serialise");
         bytes.push(b'\n');
         Some(bytes)
@@ -300,7 +362,7 @@ fn alignment(spec: &TensorSpec) -> u64 {
 /// Greedy in output order: the tensors of each shard.
 fn group(specs: &[TensorSpec], shard_bytes: u64, header_limit: u64) -> Result<Vec<Vec<usize>>, LayoutError> {
     // `{`, metadata, `}` and up to 7 bytes of padding.
-    let empty_header = METADATA_ENTRY.len() as u64 + 2 + 7;
+    let empty_header = metadata_entry(METADATA).len() as u64 + 2 + 7;
     let mut groups = Vec::new();
     let (mut members, mut data, mut header) = (Vec::new(), 0_u64, empty_header);
     for (index, spec) in specs.iter().enumerate() {
@@ -324,13 +386,22 @@ fn group(specs: &[TensorSpec], shard_bytes: u64, header_limit: u64) -> Result<Ve
     Ok(groups)
 }
 
-fn lay_out_shard(specs: &[TensorSpec], file_name: String, mut members: Vec<usize>) -> ShardLayout {
+fn metadata_entry(metadata: &str) -> String {
+    format!(r#""{METADATA_KEY}":{metadata}"#)
+}
+
+fn lay_out_shard(
+    specs: &[TensorSpec],
+    file_name: String,
+    metadata: &str,
+    mut members: Vec<usize>,
+) -> ShardLayout {
     if !lies_aligned(specs, &members) {
         members.sort_by_key(|&index| std::cmp::Reverse(alignment(&specs[index]))); // stable
     }
     let mut json = String::with_capacity(64 + 96 * members.len());
     json.push('{');
-    json.push_str(METADATA_ENTRY);
+    json.push_str(&metadata_entry(metadata));
     let mut end = 0;
     let mut tensors = Vec::with_capacity(members.len());
     for index in members {

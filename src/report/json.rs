@@ -55,6 +55,9 @@ pub struct RunReport {
     /// The shards written.
     #[serde(default)]
     pub outputs: Vec<OutputFileRecord>,
+    /// The file of tensors beside the shards, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub side: Option<SideRecord>,
     /// One line each, as printed on stderr.
     #[serde(default)]
     pub warnings: Vec<String>,
@@ -113,6 +116,17 @@ pub struct OutputFileRecord {
     pub name: String,
     /// Its length.
     pub bytes: u64,
+}
+
+/// A file of tensors that are not the model's (`masks.safetensors`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SideRecord {
+    /// File name in the output directory.
+    pub name: String,
+    /// Its length.
+    pub bytes: u64,
+    /// Checksum of each tensor's bytes as written, by name.
+    pub tensors: BTreeMap<String, String>,
 }
 
 /// A tensor that was not merged.

@@ -15,7 +15,7 @@ pub mod units;
 pub use card::{CardModel, ModelCard};
 pub use json::{
     FILE_NAME as REPORT_FILE, InputFileRecord, InputRecord, OutputFileRecord, ParameterReport, ReportError,
-    RoundReport, RunReport, RunSettings, SetupReport, StepReport, UnmergedRecord, read_record,
+    RoundReport, RunReport, RunSettings, SetupReport, SideRecord, StepReport, UnmergedRecord, read_record,
 };
 pub use peak::{PeakMemory, Sampling, anonymous_bytes, peak_anonymous_bytes, peak_memory, peak_rss_bytes};
 pub use progress::{Progress, ProgressMode};

@@ -43,6 +43,7 @@ pub fn open_inputs(config: &MergeConfig, io: IoMode, refuse_nonfinite: bool) -> 
         inputs.sections.push(Arc::new(part));
     }
     let rows = if config.tokenizer.is_some() { bring_together(config, &mut inputs)? } else { None };
+    super::factors::merge_factors(config, &mut inputs)?;
     let reference = Arc::clone(&inputs.checkpoints[inputs.reference()]);
     let mut files = std::mem::take(&mut inputs.files);
     if let Some(model) = reference.config() {
@@ -204,6 +205,7 @@ impl Opener {
             models,
             base,
             initials,
+            factors: None,
             tied: HashMap::new(),
             refuse_nonfinite,
             seed: 0,

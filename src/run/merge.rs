@@ -1,7 +1,7 @@
 //! `merge`: config → plan → stream → published directory with its report.
 
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -54,7 +54,7 @@ pub struct MergeSummary {
 
 impl MergeSummary {
     /// Of a directory that is complete.
-    fn already(report: RunReport) -> Self {
+    pub(super) fn already(report: RunReport) -> Self {
         let unconverged = report.parameters.iter().filter(|(_, p)| p.converged == Some(false));
         let unconverged = unconverged.map(|(name, _)| name.clone()).collect();
         Self { name: None, report, unconverged, already: true }
@@ -62,13 +62,13 @@ impl MergeSummary {
 }
 
 /// Raised by signals; the number of the first one.
-struct Signals {
-    cancel: Arc<AtomicBool>,
+pub(super) struct Signals {
+    pub cancel: Arc<AtomicBool>,
     number: Arc<AtomicUsize>,
 }
 
 impl Signals {
-    fn install() -> Self {
+    pub fn install() -> Self {
         use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
         let cancel = Arc::new(AtomicBool::new(false));
         let number = Arc::new(AtomicUsize::new(0));
@@ -86,7 +86,7 @@ impl Signals {
     }
 
     /// `out`: where `--resume` can go on.
-    fn interrupted(&self, out: Option<&Path>) -> Option<Error> {
+    pub fn interrupted(&self, out: Option<&Path>) -> Option<Error> {
         match self.number.load(Ordering::Relaxed) {
             0 => None,
             signal => Some(Error::Interrupted { signal: signal as i32, out: out.map(Path::to_owned) }),
@@ -191,12 +191,7 @@ pub fn merge_config(
     let _sampling = Sampling::start();
     let config_hash = record::config_hash(config);
     let paths = input_paths(config);
-    let complete = if options.resume { resume::finished(out) } else { None };
-    match (&complete, options.resume) {
-        (Some(report), _) => resume::check_finished(out, report, &config_hash, None)?,
-        (None, true) => OutputDir::check_unfinished(out, &paths)?,
-        (None, false) => OutputDir::check(out, &paths)?,
-    }
+    let complete = check_output(out, &paths, &config_hash, options)?;
     let opened = open_inputs(config, options.io, options.refuse_nonfinite);
     if let Some(report) = complete {
         // Inputs may be gone once a merge is done.
@@ -211,12 +206,62 @@ pub fn merge_config(
     inputs.set_seed(options.seed);
     let metadata = metadata_bytes(&inputs);
     let plan = MergePlan::new(config, &mut inputs, options.limits, metadata)?;
+    let prepared = Prepared { config, config_hash, plan, inputs, paths, started };
+    carry_out(prepared, out, options, cancel)
+}
+
+/// Whether the output directory will do; the report of a run that is complete there, where it may be continued.
+///
+/// # Errors
+/// What it is refused for.
+pub(super) fn check_output(
+    out: &Path,
+    paths: &[PathBuf],
+    config_hash: &str,
+    options: &MergeOptions,
+) -> Result<Option<RunReport>, Error> {
+    let complete = if options.resume { resume::finished(out) } else { None };
+    match (&complete, options.resume) {
+        (Some(report), _) => resume::check_finished(out, report, config_hash, None)?,
+        (None, true) => OutputDir::check_unfinished(out, paths)?,
+        (None, false) => OutputDir::check(out, paths)?,
+    }
+    Ok(complete)
+}
+
+/// A run as far as it is known before anything is read or written.
+pub(super) struct Prepared<'c> {
+    /// What is merged, for the record and the model card.
+    pub config: &'c MergeConfig,
+    /// Of everything that the config says.
+    pub config_hash: String,
+    /// What is done.
+    pub plan: MergePlan,
+    /// Opened.
+    pub inputs: Inputs,
+    /// Paths of the inputs.
+    pub paths: Vec<PathBuf>,
+    /// When it began.
+    pub started: Instant,
+}
+
+/// From a plan to a published directory.
+///
+/// # Errors
+/// [`Error`]; nothing stands under a final name then.
+pub(super) fn carry_out(
+    prepared: Prepared<'_>,
+    out: &Path,
+    options: &MergeOptions,
+    cancel: &AtomicBool,
+) -> Result<MergeSummary, Error> {
+    let Prepared { config, config_hash, plan, inputs, paths, started } = prepared;
     for warning in &plan.warnings {
         tracing::warn!("{warning}");
     }
     let inputs = Arc::new(inputs);
 
-    let key = resume::key(config_hash, options, &inputs)?;
+    let key = resume::key(config_hash.clone(), options, &inputs)?;
     let side = record::side_files(config, &plan, &inputs)?;
     let own = |name: &str| side.iter().any(|file| file.name == name) || plan.layout.owns(name);
     let (writer, before) = resume::open(out, &paths, &own, options.resume, &plan, key.clone())?;
@@ -248,6 +293,7 @@ pub fn merge_config(
     unconverged.sort_unstable();
     let mut report =
         record::report(config, &plan, &inputs, &blocks, options, started, writer.bytes_written());
+    report.config_hash = config_hash;
     before.complete(&mut report, &plan, &writer, &key, record::input_files(&inputs))?;
     for warning in &report.warnings[plan.warnings.len()..] {
         tracing::warn!("{warning}");
@@ -283,6 +329,9 @@ fn stream_and_commit(
             differs_in: block.differs_in.clone(),
         };
         writer.record(block.block, serde_json::to_value(done).expect("string keys and plain values"));
+        for tensor in planned.side_tensors() {
+            writer.record(tensor, serde_json::Value::Null);
+        }
     };
     let (streamed, committed) = std::thread::scope(|threads| {
         let commits = threads.spawn(|| committer.run(cancel));

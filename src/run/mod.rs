@@ -1,7 +1,9 @@
 //! The commands: from parsed arguments to an exit code. `main` calls [`run`]; everything else is called from here.
 
+mod factors;
 mod inputs;
 mod manual;
+mod materialise;
 mod merge;
 mod record;
 mod report;
@@ -14,6 +16,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 pub use inputs::open_inputs;
+pub use materialise::materialise;
 pub use merge::{MergeOptions, MergeSummary, merge, merge_config};
 pub use resources::default_max_memory;
 pub use sweep::{SweepSummary, sweep};
@@ -37,6 +40,7 @@ pub fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Plan(args) => plan(&args),
         Command::Inspect(args) => inspect(&args),
         Command::Diff(args) => diff(&args),
+        Command::Materialise(args) => materialise::command(args),
         Command::Verify(args) => verify(&args),
         Command::Report(args) => report::command(&args),
         Command::Completions(args) => manual::completions(&args),

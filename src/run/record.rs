@@ -15,12 +15,21 @@ use crate::report::{
 };
 use crate::stream::BlockReport;
 use crate::tokenizer::is_tokenizer_file;
+use crate::view::View;
 use crate::write::{SideFile, copy_side_files, patch_config, torch_dtype_name};
+
+/// Every model that is opened, and its name.
+fn checkpoints(inputs: &Inputs) -> impl Iterator<Item = (&View, &String)> {
+    // What is made of adapters' factors reads the others' files.
+    let made = |k: usize| inputs.factors == Some(k);
+    let named = inputs.checkpoints.iter().zip(&inputs.names).enumerate();
+    named.filter(move |(k, _)| !made(*k)).map(|(_, (view, name))| (&**view, name))
+}
 
 /// Every file that the run reads.
 pub(super) fn input_files(inputs: &Inputs) -> impl Iterator<Item = &InputFile> {
     let statistics = inputs.models.iter().filter_map(|m| m.statistics.as_deref()).flat_map(|s| s.files());
-    inputs.checkpoints.iter().flat_map(|c| c.files()).chain(statistics)
+    checkpoints(inputs).flat_map(|(checkpoint, _)| checkpoint.files()).chain(statistics)
 }
 
 /// Config, tokenizer and generation files of the reference, the model card and the config that was carried out.
@@ -129,7 +138,7 @@ pub(super) fn report(
         inputs: input_records(config, inputs),
         outputs: plan
             .layout
-            .shards()
+            .model_shards()
             .iter()
             .map(|s| OutputFileRecord { name: s.file_name.clone(), bytes: s.file_bytes })
             .collect(),
@@ -236,8 +245,7 @@ fn input_records(config: &MergeConfig, inputs: &Inputs) -> Vec<InputRecord> {
             })
             .collect(),
     };
-    let checkpoints =
-        inputs.checkpoints.iter().zip(&inputs.names).map(|(c, name)| record(name.clone(), &mut c.files()));
+    let checkpoints = checkpoints(inputs).map(|(c, name)| record(name.clone(), &mut c.files()));
     let statistics = inputs.models.iter().zip(&config.models).filter_map(|(input, entry)| {
         let statistics = input.statistics.as_ref()?;
         Some(record(format!("{} (statistics)", entry.model.written), &mut statistics.files().iter()))

@@ -14,9 +14,9 @@ use super::merge::MergeOptions;
 use super::record;
 use crate::error::Error;
 use crate::merge::Inputs;
-use crate::plan::MergePlan;
+use crate::plan::{BlockPlan, MergePlan};
 use crate::read::{InputFile, ReadError, header_hash};
-use crate::report::{ParameterReport, REPORT_FILE, RunReport};
+use crate::report::{ParameterReport, REPORT_FILE, RunReport, SideRecord};
 use crate::tokenizer::is_tokenizer_file;
 use crate::write::fault;
 use crate::write::journal::{self, Journal, KeyInput, Record, RunKey};
@@ -176,10 +176,17 @@ pub(super) fn open(
     match replay {
         Some(mut found) if found.key.is_some() => {
             let records = std::mem::take(&mut found.records);
-            let readable = records.into_iter().filter(|record| done(record).is_some()).collect();
-            for record in writer.take_over(readable)? {
-                before.tensors.extend(done(&record).map(|done| (record.tensor, done)));
-            }
+            let side = |record: &Record| record.tensor >= plan.blocks.len();
+            let readable =
+                records.into_iter().filter(|record| side(record) || done(record).is_some()).collect();
+            let held = writer.take_over(readable)?;
+            // A tensor whose masks are not there is merged again.
+            let whole = |record: &&Record| {
+                let block = plan.blocks.get(record.tensor);
+                block.is_some_and(|block| block.side_tensors().all(|tensor| writer.resumed(tensor)))
+            };
+            let tensors = held.iter().filter(whole).filter_map(|record| Some((record.tensor, done(record)?)));
+            before.tensors.extend(tensors);
             let journal = Journal::reopen(&path, &found)?;
             writer.start_journal(key, Some(journal))?;
         }
@@ -205,7 +212,8 @@ impl Before {
 
     /// Bytes that need not be read or written again, as the plan counts them.
     pub fn bytes(&self, plan: &MergePlan) -> u64 {
-        self.tensors.iter().map(|(k, _)| plan.blocks[*k].read_bytes + plan.blocks[*k].write_bytes).sum()
+        let of_block = |block: &BlockPlan| block.read_bytes + block.output_bytes();
+        self.tensors.iter().map(|(k, _)| of_block(&plan.blocks[*k])).sum()
     }
 
     /// Those whose solver did not converge.
@@ -230,7 +238,7 @@ impl Before {
         for (k, done) in self.tensors {
             report.bytes_read += done.parameter.bytes_read;
             report.flops += done.flops;
-            report.bytes_written += plan.blocks[k].write_bytes;
+            report.bytes_written += plan.blocks[k].output_bytes();
             let name = &plan.blocks[k].name;
             report.warnings.extend(done.differs_in.map(|model| record::differs(name, &model)));
             report.parameters.insert(name.clone(), done.parameter);
@@ -240,6 +248,13 @@ impl Before {
             if let Some(parameter) = report.parameters.get_mut(&block.name) {
                 parameter.checksum = Some(writer.checksum(k)?.to_string());
             }
+        }
+        if let Some((file, first)) = plan.layout.side() {
+            let mut tensors = std::collections::BTreeMap::new();
+            for (k, spec) in plan.layout.specs().iter().enumerate().skip(first) {
+                tensors.insert(spec.name.clone(), writer.checksum(k)?.to_string());
+            }
+            report.side = Some(SideRecord { name: file.file_name.clone(), bytes: file.file_bytes, tensors });
         }
         let records = report.inputs.iter_mut().flat_map(|input| &mut input.files);
         for (record, file) in records.zip(files) {

@@ -5,6 +5,7 @@
 //! set of buffers that a writer thread empties; a prefetch thread asks for input pages a bounded distance ahead. Owns
 //! scheduling and cancellation; what is computed is `merge`'s business and what is published is `write`'s.
 
+mod marker;
 mod prefetch;
 mod sink;
 
@@ -15,7 +16,7 @@ use std::time::Instant;
 
 use crate::kernel::{OutOfMemory, Threading};
 use crate::merge::block::{Shared, Strategy, Values, merge_block};
-use crate::merge::elementwise::{Known, ModelPasses};
+use crate::merge::elementwise::{Known, ModelPasses, Piece};
 use crate::merge::sweep::{Variant, VariantRun, merge_variants};
 use crate::merge::{BlockContext, Inputs, MergeError, SolveOutcome, Tally};
 use crate::plan::{Action, BlockPlan, MergePlan, Unit, budget};
@@ -23,6 +24,7 @@ use crate::read::Dtype;
 use crate::report::Progress;
 use crate::solve::IterationRecord;
 use crate::write::CheckpointWriter;
+use marker::Marker;
 
 /// Least distance of the readahead: one block's worth keeps the disk busy.
 const LEAST_WINDOW: u64 = 32 << 20;
@@ -202,6 +204,7 @@ fn model_passes(
                 known: None,
                 observe: &observe,
                 watch: None,
+                piece: None,
             };
             (context, start)
         })
@@ -278,7 +281,11 @@ struct Engine<'e> {
 impl Engine<'_> {
     /// Whether a run before this one has written the block, for every plan.
     fn resumed(&self, block: usize) -> bool {
-        self.writers.iter().all(|writer| writer.resumed(block))
+        let of_block = &self.plans[0].blocks[block];
+        let all = |writer: &CheckpointWriter| {
+            writer.resumed(block) && of_block.side_tensors().all(|tensor| writer.resumed(tensor))
+        };
+        self.writers.iter().all(all)
     }
 
     /// As [`Engine::unit`], with memory that the system refuses as an error.
@@ -310,7 +317,7 @@ impl Engine<'_> {
             prefetch::release(self.inputs.of_section(block.section), block, self.drop_cache);
             self.position.advance(block.read_bytes);
             let read: u64 = found.iter().map(|report| report.bytes_read).sum();
-            self.progress.bytes(read + block.write_bytes * found.len() as u64);
+            self.progress.bytes(read + block.output_bytes() * found.len() as u64);
             if let Some(last) = found.last() {
                 self.progress.block_finished(&block.name, &line(block, last, found.len()));
             }
@@ -457,6 +464,7 @@ impl Engine<'_> {
             known: self.known.filter(|_| variants.iter().any(|v| v.recipe.whole_model().is_some())),
             observe: &observe,
             watch: None,
+            piece: None,
         };
         // The mean of equal values is that value, bit for bit, only where sums are wider than the values.
         let wide = block.dtype == Dtype::F64 || block.unmatched.is_some();
@@ -478,7 +486,13 @@ impl Engine<'_> {
         };
         let started = Instant::now();
         let emit = |first: usize, values: Values<'_>| emit(0, first, values);
+        let marker = Marker::of(block, recipe, sink, &groups[0]);
+        let see = |piece: &Piece<'_>| marker.as_ref().map_or(Ok(()), |marker| marker.piece(piece));
+        let context = BlockContext { piece: marker.is_some().then_some(&see), ..context };
         let outcomes = merge_block(&context, recipe, strategy, wide, share, shared, &emit)?;
+        if let Some(marker) = &marker {
+            marker.finish()?;
+        }
         let seconds = started.elapsed().as_secs_f64();
         Ok(vec![VariantRun { outcomes, seconds, bytes_read: tally.total() }])
     }

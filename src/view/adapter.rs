@@ -82,6 +82,13 @@ pub struct LowRank {
     pub transposed: bool,
 }
 
+impl LowRank {
+    /// Values of both factors.
+    pub fn elements(&self) -> u64 {
+        self.a.elements() + self.b.elements()
+    }
+}
+
 /// What an adapter does to one tensor; at least one of the two.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Change {

@@ -15,9 +15,9 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-pub use adapter::{Adapter, AdapterError};
+pub use adapter::{Adapter, AdapterError, LowRank};
 pub use layers::{Layers, Section, layer_of};
-pub use model::Model;
+pub use model::{FactorTerm, Model};
 pub use rows::{RowMap, RowSource};
 
 use crate::kernel::Real;

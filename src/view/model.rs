@@ -1,5 +1,5 @@
-//! A checkpoint with an adapter added to it, or with the rows of its vocabulary rearranged: the tensors that change
-//! are known from headers, their values are formed piece by piece as they are read.
+//! A checkpoint with an adapter added to it, or with the rows of its vocabulary rearranged, or a task's masks: the tensors
+//! that change are known from headers, their values are formed piece by piece as they are read.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::adapter::{Adapter, LowRank};
 use super::rows::{RowMap, RowSource};
 use crate::kernel::{Buffer, Real, dispatch};
-use crate::read::{Checkpoint, ReadError, TensorMeta};
+use crate::read::{Checkpoint, Dtype, ReadError, TensorMeta};
 
 /// Columns of a low-rank product formed at a time: with its factors' rows it stays in the first-level cache.
 const COLUMNS: usize = 1024;
@@ -26,8 +26,10 @@ pub struct Model {
     below: Option<Arc<Model>>,
     /// By stored name.
     changed: HashMap<String, Changed>,
-    /// Names of tensors that the adapter has beyond the checkpoint, in order.
+    /// Names of tensors that the adapter has beyond the checkpoint, in order; of masks, all.
     added: Vec<String>,
+    /// The checkpoint's own tensors are not the model's: it holds masks.
+    masks: bool,
 }
 
 #[derive(Debug)]
@@ -45,6 +47,23 @@ enum Kind {
     Adapted { replaced: Option<TensorMeta>, low_rank: Option<LowRank> },
     /// Rows of the model below.
     Rows(RowMap),
+    /// The checkpoint's own tensor times `own`, plus one product of several adapters' factors, each side a weighted sum.
+    Factors { own: f64, terms: Vec<FactorTerm> },
+    /// One bit an element, by this row of the stored tensor: the factor where it is set, 0 elsewhere.
+    Mask { row: TensorMeta, factor: f64 },
+}
+
+/// One adapter's part in a product of summed factors.
+#[derive(Debug, Clone)]
+pub struct FactorTerm {
+    /// Whose factors.
+    pub adapter: Arc<Adapter>,
+    /// Which: all terms of one tensor are of one rank and one direction. Its own scale does not enter.
+    pub low_rank: LowRank,
+    /// Weight of A.
+    pub a: f64,
+    /// Weight of B.
+    pub b: f64,
 }
 
 /// Values that every piece of a tensor needs.
@@ -59,8 +78,14 @@ enum Held {
 impl Model {
     /// A checkpoint as it is, or with an adapter.
     pub fn new(checkpoint: Arc<Checkpoint>, adapter: Option<Arc<Adapter>>) -> Self {
-        let mut model =
-            Self { checkpoint, adapter: None, below: None, changed: HashMap::new(), added: Vec::new() };
+        let mut model = Self {
+            checkpoint,
+            adapter: None,
+            below: None,
+            changed: HashMap::new(),
+            added: Vec::new(),
+            masks: false,
+        };
         let Some(adapter) = adapter else { return model };
         for (name, change) in adapter.changes() {
             let stored = change.replaced.as_ref().or_else(|| model.checkpoint.get(name));
@@ -94,7 +119,44 @@ impl Model {
             below: Some(below),
             changed,
             added: Vec::new(),
+            masks: false,
         }
+    }
+
+    /// A checkpoint with products of summed factors: `own · W + (Σ bᵢBᵢ)·(Σ aᵢAᵢ)` for each of `tensors`, by stored name.
+    pub fn of_factors(
+        checkpoint: Arc<Checkpoint>,
+        tensors: impl IntoIterator<Item = (String, f64, Vec<FactorTerm>)>,
+    ) -> Self {
+        let mut model = Self::new(checkpoint, None);
+        for (name, own, terms) in tensors {
+            let Some(meta) = model.checkpoint.get(&name).cloned() else { continue };
+            let kind = Kind::Factors { own, terms };
+            model.changed.insert(name, Changed { meta, kind, held: Mutex::default() });
+        }
+        model
+    }
+
+    /// Masks as a model that holds `factor` where row `task` of a parameter's mask is set and 0 elsewhere. `masks` gives
+    /// name and shape of each parameter, and its mask in `checkpoint`, U8 `[tasks, ⌈elements/8⌉]`.
+    pub fn of_masks(
+        checkpoint: Arc<Checkpoint>,
+        task: usize,
+        factor: f64,
+        masks: impl IntoIterator<Item = (String, Vec<usize>, TensorMeta)>,
+    ) -> Self {
+        let mut model = Self { masks: true, ..Self::new(checkpoint, None) };
+        for (name, shape, stored) in masks {
+            let bytes = stored.shape.get(1).map_or(0, |bytes| *bytes as u64);
+            let offset = stored.offset + task as u64 * bytes;
+            let row = TensorMeta { shape: vec![bytes as usize], offset, bytes, ..stored };
+            let mut meta = TensorMeta { name: name.clone(), dtype: Dtype::F32, shape, ..row.clone() };
+            meta.bytes = 4 * meta.elements();
+            model.added.push(name.clone());
+            let kind = Kind::Mask { row, factor };
+            model.changed.insert(name, Changed { meta, kind, held: Mutex::default() });
+        }
+        model
     }
 
     /// What is stored.
@@ -103,8 +165,8 @@ impl Model {
     }
 
     /// The adapter, if there is one.
-    pub fn adapter(&self) -> Option<&Adapter> {
-        self.adapter.as_deref()
+    pub fn adapter(&self) -> Option<&Arc<Adapter>> {
+        self.adapter.as_ref()
     }
 
     /// The tensor of this stored name.
@@ -113,6 +175,7 @@ impl Model {
             Some(changed) => Some(&changed.meta),
             None => match &self.below {
                 Some(below) => below.get(name),
+                None if self.masks => None,
                 None => self.checkpoint.get(name),
             },
         }
@@ -122,6 +185,7 @@ impl Model {
     pub fn tensors(&self) -> Box<dyn Iterator<Item = &TensorMeta> + '_> {
         let below: Box<dyn Iterator<Item = &TensorMeta>> = match &self.below {
             Some(below) => below.tensors(),
+            None if self.masks => Box::new(std::iter::empty()),
             None => Box::new(self.checkpoint.tensors().iter()),
         };
         let added = self.added.iter().filter_map(|name| self.get(name));
@@ -134,7 +198,7 @@ impl Model {
     pub fn map_bytes(&self) -> u64 {
         let rows = |changed: &Changed| match &changed.kind {
             Kind::Rows(map) => map.bytes(),
-            Kind::Adapted { .. } => 0,
+            Kind::Adapted { .. } | Kind::Factors { .. } | Kind::Mask { .. } => 0,
         };
         self.changed.values().map(rows).sum()
     }
@@ -143,7 +207,7 @@ impl Model {
     pub fn is_stored(&self, meta: &TensorMeta) -> bool {
         match self.changed.get(&meta.name).map(|changed| &changed.kind) {
             Some(Kind::Adapted { low_rank, .. }) => low_rank.is_none(),
-            Some(Kind::Rows(_)) => false,
+            Some(Kind::Rows(_) | Kind::Factors { .. } | Kind::Mask { .. }) => false,
             None => self.below.as_ref().is_none_or(|below| below.is_stored(meta)),
         }
     }
@@ -152,11 +216,15 @@ impl Model {
     pub fn held_bytes(&self, meta: &TensorMeta) -> u64 {
         match self.changed.get(&meta.name).map(|changed| &changed.kind) {
             None => self.below.as_ref().map_or(0, |below| below.held_bytes(meta)),
-            Some(Kind::Adapted { low_rank: None, .. }) => 0,
+            Some(Kind::Adapted { low_rank: None, .. } | Kind::Mask { .. }) => 0,
             Some(Kind::Adapted { low_rank: Some(low), .. }) => {
                 // Turning a factor round takes a second copy of it for a moment.
-                let (a, b) = (low.a.elements(), low.b.elements());
-                4 * (a + b + if low.transposed { a.max(b) } else { 0 })
+                4 * (low.elements() + if low.transposed { low.a.elements().max(low.b.elements()) } else { 0 })
+            }
+            Some(Kind::Factors { terms, .. }) => {
+                // The sums, an adapter's factors, and the same as above.
+                let most = terms.iter().map(|term| term.low_rank.elements()).max().unwrap_or(0);
+                4 * 3 * most
             }
             Some(Kind::Rows(map)) => {
                 let columns = columns(meta) as u64;
@@ -181,6 +249,11 @@ impl Model {
                 let own = self.below_meta(&meta.name).map_or(0, |(below, meta)| below.read_bytes(meta));
                 if map.has_padding() { 2 * own } else { own }
             }
+            Some(Kind::Factors { terms, .. }) => {
+                let of = |term: &FactorTerm| term.low_rank.a.bytes + term.low_rank.b.bytes;
+                meta.bytes + terms.iter().map(of).sum::<u64>()
+            }
+            Some(Kind::Mask { row, .. }) => row.bytes,
         }
     }
 
@@ -205,6 +278,15 @@ impl Model {
                 Some((below, meta)) => below.parts(meta),
                 None => Vec::new(),
             },
+            Some(Kind::Factors { terms, .. }) => {
+                let of = |term: &'a FactorTerm| {
+                    let checkpoint = term.adapter.checkpoint();
+                    [(checkpoint, &term.low_rank.a), (checkpoint, &term.low_rank.b)]
+                };
+                let own = self.checkpoint.get(&meta.name).map(|own| (&*self.checkpoint, own));
+                own.into_iter().chain(terms.iter().flat_map(of)).collect()
+            }
+            Some(Kind::Mask { row, .. }) => vec![(&*self.checkpoint, row)],
         }
     }
 
@@ -272,10 +354,32 @@ impl Model {
                     decode(checkpoint, stored, elements.clone(), out, scratch, count)?;
                 }
                 if let Some(low) = low_rank {
-                    let held = changed.hold(|| self.factors(low, count))?;
+                    let Some(adapter) = &self.adapter else {
+                        unreachable!("only an adapter has factors");
+                    };
+                    let held = changed.hold(|| {
+                        let (left, right) = factors(adapter, low, count)?;
+                        Ok(Held::Factors(left, right))
+                    })?;
                     if let Held::Factors(left, right) = &*held {
-                        add_product(left, right, low, columns(meta), elements.start, out);
+                        add_product(left, right, (low.rank, low.scale), columns(meta), elements.start, out);
                     }
+                }
+                Ok(())
+            }
+            Kind::Factors { own, terms } => {
+                if let Some(stored) = self.checkpoint.get(&meta.name) {
+                    decode(&self.checkpoint, stored, elements.clone(), out, scratch, count)?;
+                }
+                if *own != 1.0 {
+                    let own = T::from_f64(*own);
+                    for out in &mut *out {
+                        *out *= own;
+                    }
+                }
+                let held = changed.hold(|| summed_factors(terms, count))?;
+                if let (Held::Factors(left, right), Some(term)) = (&*held, terms.first()) {
+                    add_product(left, right, (term.low_rank.rank, 1.0), columns(meta), elements.start, out);
                 }
                 Ok(())
             }
@@ -290,6 +394,18 @@ impl Model {
                     _ => &[],
                 };
                 self.read_rows(meta, map, mean, elements, out, scratch, count)
+            }
+            Kind::Mask { row, factor } => {
+                let bytes = elements.start as u64 / 8..(elements.end as u64).div_ceil(8);
+                count(bytes.end - bytes.start);
+                let skipped = elements.start % 8;
+                let bits = self.checkpoint.read(row, bytes, scratch)?;
+                let factor = T::from_f64(*factor);
+                for (k, out) in out.iter_mut().enumerate() {
+                    let k = skipped + k;
+                    *out = if bits[k / 8] >> (k % 8) & 1 == 1 { factor } else { T::default() };
+                }
+                Ok(())
             }
         }
     }
@@ -309,31 +425,6 @@ impl Model {
     fn below_meta(&self, name: &str) -> Option<(&Model, &TensorMeta)> {
         let below = self.below.as_deref()?;
         Some((below, below.get(name)?))
-    }
-
-    /// Reads the factors of a product, each with the dimension of the stored weight that it belongs to.
-    fn factors(&self, low: &LowRank, count: &dyn Fn(u64)) -> Result<Held, ReadError> {
-        let Some(adapter) = &self.adapter else {
-            unreachable!("only an adapter has factors");
-        };
-        let load = |meta: &TensorMeta| {
-            let mut values = Buffer::<f32>::zeroed(meta.elements() as usize);
-            let mut scratch = Vec::new();
-            for first in (0..values.len()).step_by(DECODED) {
-                let range = first..(first + DECODED).min(values.len());
-                let out = &mut values[range.clone()];
-                decode(adapter.checkpoint(), meta, range, out, &mut scratch, count)?;
-            }
-            Ok::<_, ReadError>(values)
-        };
-        if low.transposed {
-            let left = turned(&load(&low.a)?, low.rank);
-            let right = load(&low.b)?;
-            let outputs = right.len() / low.rank;
-            Ok(Held::Factors(left, turned(&right, outputs)))
-        } else {
-            Ok(Held::Factors(load(&low.b)?, load(&low.a)?))
-        }
     }
 
     /// The mean of all rows before the padding, summed in f64 in their order.
@@ -455,6 +546,57 @@ fn decode<T: Real>(
     Ok(())
 }
 
+/// Reads the factors of a product, each with the dimension of the stored weight that it belongs to.
+fn factors(
+    adapter: &Adapter,
+    low: &LowRank,
+    count: &dyn Fn(u64),
+) -> Result<(Buffer<f32>, Buffer<f32>), ReadError> {
+    let load = |meta: &TensorMeta| {
+        let mut values = Buffer::<f32>::zeroed(meta.elements() as usize);
+        let mut scratch = Vec::new();
+        for first in (0..values.len()).step_by(DECODED) {
+            let range = first..(first + DECODED).min(values.len());
+            let out = &mut values[range.clone()];
+            decode(adapter.checkpoint(), meta, range, out, &mut scratch, count)?;
+        }
+        Ok::<_, ReadError>(values)
+    };
+    if low.transposed {
+        let left = turned(&load(&low.a)?, low.rank);
+        let right = load(&low.b)?;
+        let outputs = right.len() / low.rank;
+        Ok((left, turned(&right, outputs)))
+    } else {
+        Ok((load(&low.b)?, load(&low.a)?))
+    }
+}
+
+/// The sums of all terms' factors, in their order.
+fn summed_factors(terms: &[FactorTerm], count: &dyn Fn(u64)) -> Result<Held, ReadError> {
+    let mut sums: Option<(Buffer<f32>, Buffer<f32>)> = None;
+    for FactorTerm { adapter, low_rank, a, b } in terms {
+        let (mut left, mut right) = factors(adapter, low_rank, count)?;
+        let (of_left, of_right) = if low_rank.transposed { (*a, *b) } else { (*b, *a) };
+        for (values, weight) in [(&mut left, of_left), (&mut right, of_right)] {
+            let weight = weight as f32;
+            values.iter_mut().for_each(|v| *v *= weight);
+        }
+        match &mut sums {
+            None => sums = Some((left, right)),
+            Some(sums) => {
+                for (sum, values) in [(&mut sums.0, &left), (&mut sums.1, &right)] {
+                    for (sum, v) in sum.iter_mut().zip(values.iter()) {
+                        *sum += v;
+                    }
+                }
+            }
+        }
+    }
+    let (left, right) = sums.unwrap_or_else(|| (Buffer::zeroed(0), Buffer::zeroed(0)));
+    Ok(Held::Factors(left, right))
+}
+
 /// `[rows, n]` as `[n, rows]`.
 fn turned(values: &[f32], rows: usize) -> Buffer<f32> {
     let columns = values.len() / rows.max(1);
@@ -465,24 +607,24 @@ fn turned(values: &[f32], rows: usize) -> Buffer<f32> {
     out
 }
 
-/// Adds elements of `scale · L·R` to those of a tensor that begin at flat index `first`. Each element is one sum over
+/// Adds elements of `scale · L·R`, of inner dimension `rank`, to those of a tensor that begin at flat index `first`. Each element is one sum over
 /// the rank in its order, whatever the piece: the bits do not depend on how a tensor is cut.
 fn add_product<T: Real>(
     left: &[f32],
     right: &[f32],
-    low: &LowRank,
+    (rank, scale): (usize, f64),
     columns: usize,
     first: usize,
     out: &mut [T],
 ) {
     let mut sums = [T::default(); COLUMNS];
-    let scale = T::from_f64(low.scale);
+    let scale = T::from_f64(scale);
     let mut at = 0;
     while at < out.len() {
         let (row, column) = ((first + at) / columns, (first + at) % columns);
         let len = (columns - column).min(COLUMNS).min(out.len() - at);
         let (sums, out) = (&mut sums[..len], &mut out[at..at + len]);
-        let left = &left[row * low.rank..(row + 1) * low.rank];
+        let left = &left[row * rank..(row + 1) * rank];
         dispatch(
             #[inline(always)]
             || {

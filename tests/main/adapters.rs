@@ -254,3 +254,118 @@ fn what_is_no_plain_adapter_is_refused_by_name() {
     world.scratch.refuse_unread(&World::config("bad"), &["pickled weights", "adapter_model.safetensors"]);
     world.scratch.refuse_unread(&World::config("none"), &["adapter_config.json"]);
 }
+
+/// A and B, and the weight of each.
+type Weighed<'t> = (&'t [Tensor], f64, f64);
+
+/// `(Σ bᵢBᵢ)·(Σ aᵢAᵢ)` in f64.
+fn summed_product(terms: &[Weighed<'_>]) -> Vec<f64> {
+    let sum = |place: usize, weight: &dyn Fn(&Weighed<'_>) -> f64| {
+        let mut total = vec![0.0; terms[0].0[place].values().len()];
+        for term in terms {
+            for (t, v) in total.iter_mut().zip(term.0[place].values()) {
+                *t += weight(term) * v;
+            }
+        }
+        Tensor::new("", "F64", &terms[0].0[place].shape, &total)
+    };
+    product(&sum(0, &|term| term.2), &sum(1, &|term| term.1), 1.0)
+}
+
+fn scaled(values: &[f64], by: f64) -> Vec<f64> {
+    values.iter().map(|v| v * by).collect()
+}
+
+#[test]
+fn factors_are_merged_side_by_side_where_that_is_asked_for() {
+    let world = World::new();
+    let mut random = Random::new(6);
+    let f = &world.factors;
+    let g = [factors(Q, RANK, &mut random), factors(V, RANK, &mut random)].concat();
+    world.adapter("f", f, json!({}));
+    // Scale 4 instead of 2, and it changes only Q.
+    world.adapter("g", &g[..2], json!({"lora_alpha": 12}));
+    let models = "models:\n  - { model: base+f, parameters: { weight: 3 } }\n  - { model: base+g, parameters: { weight: 1 } }\n";
+    let q = world.base(&weight(Q));
+    let v = world.base(&weight(V));
+    let linear = format!("merge_method: linear\nparameters: {{ space: factor }}\n{models}");
+    let merged = world.scratch.merge(&linear, "linear", &[]);
+    let of_q = summed_product(&[(&f[..2], 3.0 * 2.0 / 4.0, 0.75), (&g[..2], 4.0 / 4.0, 0.25)]);
+    close(&merged.values(&weight(Q)), &added(&q, &of_q));
+    // Only one adapter changes V: its A is the mean, and the other's B is 0.
+    close(&merged.values(&weight(V)), &added(&v, &product(&f[2], &f[3], 2.0 * 0.75)));
+    assert_eq!(merged.values("model.norm.weight"), world.base("model.norm.weight"));
+    let inputs = merged.report["inputs"].as_array().expect("a list");
+    assert_eq!(inputs.len(), 2, "what is opened, once: {inputs:?}");
+    let plan = world.scratch.plan(&linear, &[]);
+    assert_eq!(plan["bytes_read"], merged.report["bytes_read"]);
+
+    let sum = "merge_method: linear\nparameters: { space: factor, normalize: false }\n";
+    let merged = world.scratch.merge(&format!("{sum}{models}"), "sum", &[]);
+    let of_q = summed_product(&[(&f[..2], 3.0 * 2.0, 0.75), (&g[..2], 4.0, 0.25)]);
+    close(&merged.values(&weight(Q)), &added(&scaled(&q, 4.0), &of_q));
+
+    let arithmetic =
+        "merge_method: task_arithmetic\nbase_model: base\nparameters: { space: factor, lambda: 0.5 }\n";
+    let merged = world.scratch.merge(&format!("{arithmetic}{models}"), "arithmetic", &[]);
+    close(&merged.values(&weight(Q)), &added(&q, &scaled(&of_q, 0.5)));
+    close(&merged.values(&weight(V)), &added(&v, &product(&f[2], &f[3], 3.0)));
+
+    // Linearised adapters start from one A: then both spaces are one, and `filter` may choose.
+    let mut same = g[..2].to_vec();
+    same[0] = f[0].renamed(&same[0].name);
+    world.adapter("same", &same, json!({}));
+    let config = |space: &str| {
+        format!(
+            "merge_method: task_arithmetic\nbase_model: base\nparameters: {{ space: {space} }}\nmodels:\n  \
+             - {{ model: base+f, parameters: {{ weight: 0.4 }} }}\n  - {{ model: base+same, parameters: {{ weight: 0.7 }} }}\n"
+        )
+    };
+    let delta = world.scratch.merge(&config("delta"), "delta", &[]);
+    let factor = world.scratch.merge(&config("factor"), "factor", &[]);
+    let some = world.scratch.merge(
+        &config("[{ filter: self_attn.q_proj, value: factor }, { value: delta }]"),
+        "some",
+        &["--threads", "1", "--io", "pread"],
+    );
+    close(&factor.values(&weight(Q)), &delta.values(&weight(Q)));
+    assert!(some.tensor(&weight(Q)).bytes == factor.tensor(&weight(Q)).bytes);
+    assert!(some.tensor(&weight(V)).bytes == delta.tensor(&weight(V)).bytes);
+}
+
+#[test]
+fn factors_that_do_not_go_together_are_refused() {
+    let world = World::new();
+    let mut random = Random::new(8);
+    world.adapter("f", &world.factors, json!({}));
+    world.adapter("thin", &factors(Q, 2, &mut random), json!({"r": 2}));
+    world.scratch.model("other", &world.base);
+    let config = |head: &str, models: &[&str]| {
+        let models: Vec<String> = models.iter().map(|m| format!("  - model: {m}\n")).collect();
+        format!("{head}\nmodels:\n{}", models.concat())
+    };
+    let linear = "merge_method: linear\nparameters: { space: factor }";
+    let refuse = |config: &str, words: &[&str]| world.scratch.refuse_unread(config, words);
+    refuse(
+        &config(linear, &["base+f", "base+thin"]),
+        &["q_proj", "one rank", "`base+thin` has 2", "`delta`"],
+    );
+    refuse(&config(linear, &["base+f", "other+f"]), &["parameters.space", "one base", "`other+f`"]);
+    refuse(&config(linear, &["base", "base"]), &["parameters.space", "no model is `base+adapter`"]);
+    let word = "merge_method: linear\nparameters: { space: tensor }";
+    refuse(&config(word, &["base+f"]), &["`tensor`", "delta, factor"]);
+    let ties = "merge_method: ties\nbase_model: base\nparameters: { weight: 1, space: factor }";
+    refuse(&config(ties, &["base+f"]), &["space"]);
+    let slices = "merge_method: linear\nparameters: { space: factor }\nslices:\n  - sources:\n    - { model: base+f, layer_range: [0, 1] }\n";
+    refuse(slices, &["parameters.space", "`slices` and `modules`"]);
+    let sweep = config(
+        "merge_method: linear\nparameters: { space: factor }\nsweep: { parameters.weight: [1, 2] }",
+        &["base+f"],
+    );
+    refuse(&sweep, &["parameters.space", "`sweep`"]);
+    let zero = "merge_method: linear\nparameters: { space: factor, normalize: false }\nmodels:\n  - { model: base+f, \
+                parameters: { weight: 1 } }\n  - { model: base+f, parameters: { weight: -1 } }\n";
+    refuse(zero, &["q_proj", "sum to 0"]);
+    let adapted = "merge_method: task_arithmetic\nbase_model: base+f\nparameters: { space: factor }";
+    refuse(&config(adapted, &["base+thin"]), &["base_model without an adapter"]);
+}

@@ -2,6 +2,7 @@
 //! byte over whatever must not matter.
 
 mod formulas;
+mod masks;
 mod oracle;
 mod random;
 mod same;

@@ -2,9 +2,11 @@
 //! claim.
 //!
 //! Model t claims an element where |τₜ| > mask_lambdaₜ · |τ - τₜ| with τ = Σ τₜ; kept is what `min_models` (2) claim: what is
-//! of use to one model alone, or to none, goes. The result is θ₀ + λ · τ there, θ₀ elsewhere.
+//! of use to one model alone, or to none, goes. The result is θ₀ + λ · τ there, θ₀ elsewhere. [`super::tall_masks`] keeps the
+//! masks themselves.
 
 use super::combine::LAMBDA;
+use super::tall_masks::claims;
 use super::{Arguments, BaseUse, Definition, Elementwise, Known, Piece};
 use crate::config::{ParameterSpec, Range};
 
@@ -43,10 +45,7 @@ impl Elementwise for Consensus {
     fn merge(&self, piece: &mut Piece<'_>, _known: &Known, out: &mut [f32]) {
         for (k, o) in out.iter_mut().enumerate() {
             let sum: f32 = (0..piece.models()).map(|i| piece.model(i)[k]).sum();
-            let claims = |(i, lambda): &(usize, &f32)| {
-                let own = piece.model(*i)[k];
-                own.abs() > **lambda * (sum - own).abs()
-            };
+            let claims = |(i, lambda): &(usize, &f32)| claims(piece.model(*i)[k], sum, **lambda);
             let claimed = self.mask_lambda.iter().enumerate().filter(claims).count();
             *o = piece.base()[k] + if claimed as f64 >= self.min_models { self.lambda * sum } else { 0.0 };
         }

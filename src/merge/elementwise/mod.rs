@@ -23,7 +23,9 @@ mod della;
 mod emr;
 mod iso;
 mod karcher;
+mod knots;
 mod magmax;
+mod masks;
 mod model_stock;
 mod multislerp;
 mod nearswap;
@@ -32,6 +34,7 @@ mod pcb;
 mod ram;
 mod sce;
 mod slerp;
+mod tall_masks;
 mod ties;
 mod tsv_m;
 
@@ -40,6 +43,7 @@ use std::sync::Arc;
 
 pub use combine::{Combine, Rescale};
 pub use gram::Gram;
+pub use masks::{Masked, TaskMasks};
 pub use order::{Kept, OrderStatistic};
 pub use passes::{Known, Piece};
 pub(crate) use passes::{ModelPasses, memory_bytes, merge, passes_over};
@@ -52,7 +56,7 @@ use crate::config::{ParameterSpec, Round};
 use crate::kernel::dispatch;
 
 /// Every method of this module, as the config names them.
-pub static METHODS: [&Definition; 24] = [
+pub static METHODS: [&Definition; 26] = [
     &slerp::DEFINITION,
     &nuslerp::DEFINITION,
     &multislerp::DEFINITION,
@@ -74,7 +78,9 @@ pub static METHODS: [&Definition; 24] = [
     &pcb::DEFINITION,
     &consensus::DEFINITION,
     &emr::DEFINITION,
+    &tall_masks::DEFINITION,
     &tsv_m::DEFINITION,
+    &knots::DEFINITION,
     &iso::ISO_C,
     &iso::ISO_CTS,
 ];
@@ -199,6 +205,11 @@ pub trait Elementwise: Debug + Send + Sync {
         None
     }
 
+    /// What is kept of every task beside the merged model, if anything is.
+    fn task_masks(&self) -> Option<&dyn TaskMasks> {
+        None
+    }
+
     /// Merges one piece.
     fn merge(&self, piece: &mut Piece<'_>, known: &Known, out: &mut [f32]);
 }
@@ -236,6 +247,11 @@ impl Arguments<'_> {
     /// The model at place `index` of the config's `models`, by its place among the models that are merged.
     pub fn place(&self, index: f64) -> Option<usize> {
         self.models.iter().position(|m| m.is_some_and(|m| m as f64 == index))
+    }
+
+    /// The tensor's name in the output.
+    pub fn tensor(&self) -> &str {
+        self.tensor
     }
 
     /// As stored, outermost dimension first.

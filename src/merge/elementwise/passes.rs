@@ -736,6 +736,9 @@ pub(crate) fn merge(
             for piece in pieces {
                 let (mut piece, _) = run.load(piece, slot, known, &mut places)?;
                 let len = piece.len();
+                if let Some(see) = context.piece {
+                    see(&piece)?;
+                }
                 start.method.merge(&mut piece, known, &mut out[done..done + len]);
                 done += len;
             }

@@ -10,7 +10,7 @@ use crate::operator::BlockShape;
 use crate::solve::eigen::{Eigen, NoConvergence};
 
 /// Squared singular values below this share of the largest are null.
-const NULL: f64 = 1e-12;
+pub(super) const NULL: f64 = 1e-12;
 
 /// Reads a model's task vector into `[out, in]` f64.
 pub type ReadTask<'a> = dyn FnMut(usize, &mut [f64]) -> Result<(), MergeError> + 'a;

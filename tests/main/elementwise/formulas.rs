@@ -447,3 +447,29 @@ fn what_does_not_fit_is_refused() {
         world.scratch.refuse_unread(&World::config(head, parameters), words);
     }
 }
+
+#[test]
+fn f64_models_are_merged_in_f64_or_it_is_told() {
+    let scratch = crate::util::Scratch::new();
+    // 1 + 2^-40 is 1 in f32.
+    let value = |k: i32| 1.0 + f64::from(k) * 2f64.powi(-40);
+    let model = |k: i32| [crate::util::Tensor::new("w.weight", "F64", &[2, 2], &[value(k); 4])];
+    for (name, k) in [("base", 0), ("m0", 1), ("m1", 3)] {
+        scratch.model(name, &model(k));
+    }
+    for (head, want) in [
+        ("merge_method: linear", value(2)),
+        ("merge_method: task_arithmetic\nbase_model: base", value(4)),
+        ("merge_method: iso_c\nbase_model: base", f64::NAN),
+    ] {
+        let merged = scratch.merge(&World::config(head, &["", ""]), &head[14..18], &[]);
+        assert!(!merged.left_out().contains("computes in f32"), "{head}");
+        assert!(want.is_nan() || merged.values("w.weight") == [want; 4], "{head}");
+    }
+    let ties = "merge_method: ties\nbase_model: base\nparameters: { weight: 1 }";
+    let merged = scratch.merge(&World::config(ties, &["", ""]), "ties", &[]);
+    assert!(merged.left_out().contains("`ties` computes in f32"), "{}", merged.left_out());
+    assert_eq!(merged.values("w.weight"), [1.0; 4]);
+    let plan = scratch.plan(&World::config(ties, &["", ""]), &[]);
+    assert!(plan["warnings"].to_string().contains("stored as F64"), "{plan}");
+}

@@ -5,8 +5,11 @@ use super::oracle::{deltas, norm};
 use crate::algebra::{Matrix, assert_near};
 use crate::util::{Merged, Random, Scratch, Tensor};
 
-const SHAPES: [(&str, &[usize]); 6] = [
+const SHAPES: [(&str, &[usize]); 8] = [
     ("high.weight", &[17, 9]),
+    // More rows than all three tasks have columns.
+    ("higher.weight", &[31, 7]),
+    ("model.embed_tokens.weight", &[9, 4]),
     ("wide.weight", &[8, 21]),
     ("square.weight", &[12, 12]),
     ("tiny.weight", &[1, 1]),
@@ -143,16 +146,59 @@ fn world(dtype: &'static str) -> (Scratch, Vec<Tensor>, Vec<Vec<Tensor>>) {
     (scratch, base, models)
 }
 
+/// Task vectors in the left basis of all of them side by side, trimmed and merged there.
+fn knots(tasks: &[Matrix], weights: &[f64], density: &[f64], ties: bool, normalize: bool) -> Matrix {
+    let (m, n) = (tasks[0].rows, tasks[0].columns);
+    let mut wide = Matrix::zeros(m, n * tasks.len());
+    for (t, task) in tasks.iter().enumerate() {
+        for i in 0..m {
+            let at = i * wide.columns + t * n;
+            wide.data[at..at + n].copy_from_slice(&task.data[i * n..(i + 1) * n]);
+        }
+    }
+    let Svd { left, values, .. } = svd(&wide);
+    let rank = values.iter().filter(|v| **v > 1e-6 * values[0]).count();
+    let basis = top(&left, rank);
+    let coordinates: Vec<Vec<f64>> = tasks
+        .iter()
+        .zip(density)
+        .map(|(task, density)| super::oracle::largest(&basis.times(task).data, *density))
+        .collect();
+    let merged = (0..rank * n)
+        .map(|k| {
+            let values: Vec<f64> = coordinates.iter().zip(weights).map(|(c, w)| c[k] * w).collect();
+            let vote: f64 = values.iter().sum();
+            let counts = |v: f64| !ties || if vote >= 0.0 { v > 0.0 } else { v < 0.0 };
+            let sum: f64 = values.iter().filter(|v| counts(**v)).sum();
+            let weight: f64 = values.iter().zip(weights).filter(|(v, _)| counts(**v)).map(|(_, w)| w).sum();
+            if normalize && weight != 0.0 { sum / weight } else { sum }
+        })
+        .collect();
+    basis.transpose().times(&Matrix::new(rank, n, merged))
+}
+
 fn check(method: &str, parameters: &str, lambda: f64, oracle: &dyn Fn(&[Matrix]) -> Matrix) {
+    check_with(method, parameters, &["", "", ""], lambda, oracle);
+}
+
+fn check_with(
+    method: &str,
+    parameters: &str,
+    of_models: &[&str],
+    lambda: f64,
+    oracle: &dyn Fn(&[Matrix]) -> Matrix,
+) {
     for dtype in ["F32", "BF16"] {
         let (scratch, base, models) = world(dtype);
         let head = format!("merge_method: {method}\nbase_model: base\nparameters: {{ {parameters} }}");
-        let merged: Merged = scratch.merge(&World::config(&head, &["", "", ""]), "out", &[]);
+        let merged: Merged = scratch.merge(&World::config(&head, of_models), "out", &[]);
         for (place, (name, shape)) in SHAPES.iter().enumerate() {
             let origin = base[place].values();
             let d = deltas(&origin, &models.iter().map(|m| m[place].values()).collect::<Vec<_>>());
+            // `knots` is for linear layers.
+            let embedding = method == "knots" && name.contains("embed");
             let merged_task = match shape {
-                [m, n] => {
+                [m, n] if !embedding => {
                     let tasks: Vec<Matrix> = d.iter().map(|d| Matrix::new(*m, *n, d.clone())).collect();
                     oracle(&tasks).data
                 }
@@ -183,6 +229,60 @@ fn tsv_m_sums_orthogonal_triples() {
 }
 
 #[test]
+fn knots_merges_in_the_basis_of_all_tasks() {
+    let ones = [1.0; 3];
+    check("knots", "density: 0.3, lambda: 0.6", 0.6, &|tasks| knots(tasks, &ones, &[0.3; 3], true, true));
+    let models = ["weight: 1, density: 0.5", "weight: 0.5, density: 1", "weight: -0.3, density: 0.8"];
+    let (weights, density) = ([1.0, 0.5, -0.3], [0.5, 1.0, 0.8]);
+    check_with("knots", "", &models, 1.0, &|tasks| knots(tasks, &weights, &density, true, true));
+    check_with("knots", "inner: linear, normalize: false", &models, 1.0, &|tasks| {
+        knots(tasks, &weights, &density, false, false)
+    });
+    // Nothing trimmed, nothing elected: a basis changes nothing.
+    check("knots", "inner: linear", 1.0, &|tasks| sum(tasks).scaled(1.0 / 3.0));
+    let (scratch, ..) = world("F32");
+    let zero = "merge_method: knots\nbase_model: base\nparameters: { inner: linear }";
+    scratch.refuse_unread(
+        &World::config(zero, &["weight: 1", "weight: -1", ""]).replace("m2", "base"),
+        &["sum to 0", "normalize: false"],
+    );
+    scratch.refuse_unread("merge_method: knots\nmodels: [{ model: m0 }]", &["base_model"]);
+    let word = "merge_method: knots\nbase_model: base\nparameters: { inner: slerp }";
+    scratch.refuse_unread(&World::config(word, &["", ""]), &["slerp", "ties", "linear"]);
+}
+
+#[test]
+fn knots_of_low_rank_adapters_keeps_to_their_directions() {
+    // Task vectors of rank 2 in the span of 4 left vectors: the result stays there, and a tensor nobody changed does too.
+    let mut random = Random::new(33);
+    let scratch = Scratch::new();
+    let (m, n) = (12, 10);
+    let matrix = |rows: usize, columns: usize, random: &mut Random| {
+        Matrix::new(rows, columns, (0..rows * columns).map(|_| random.uniform()).collect())
+    };
+    let base = Tensor::random("a.weight", "F64", &[m, n], &mut random);
+    let still = Tensor::random("still.weight", "F64", &[5, 3], &mut random);
+    scratch.model("base", &[base.clone(), still.clone()]);
+    let mut lefts = Vec::new();
+    for k in 0..2 {
+        let (left, right) = (matrix(m, 2, &mut random), matrix(2, n, &mut random));
+        let task = left.times(&right);
+        let values: Vec<f64> = base.values().iter().zip(&task.data).map(|(b, t)| b + t).collect();
+        scratch.model(&format!("m{k}"), &[Tensor::new("a.weight", "F64", &[m, n], &values), still.clone()]);
+        lefts.push(left.transpose());
+    }
+    let head = "merge_method: knots\nbase_model: base\nparameters: { density: 0.4 }";
+    let merged = scratch.merge(&World::config(head, &["", ""]), "out", &[]);
+    assert_eq!(merged.values("still.weight"), still.values());
+    let change: Vec<f64> = merged.values("a.weight").iter().zip(base.values()).map(|(x, b)| x - b).collect();
+    let change = Matrix::new(m, n, change);
+    let span = top(&svd(&polar(&stack(&lefts))).right, 4);
+    let outside = change.plus(-1.0, &span.transpose().times(&span.times(&change)));
+    // f64 throughout, condition below 1e3, squared.
+    assert!(norm(&change.data) > 0.1 && norm(&outside.data) < 1e-9, "{}", norm(&outside.data));
+}
+
+#[test]
 fn threads_and_memory_do_not_matter() {
     let mut random = Random::new(32);
     let scratch = Scratch::new();
@@ -190,8 +290,9 @@ fn threads_and_memory_do_not_matter() {
     for name in ["base", "m0", "m1"] {
         scratch.model(name, &[Tensor::random("w.weight", "BF16", &[620, 310], &mut random)]);
     }
-    for method in ["iso_c", "iso_cts", "tsv_m"] {
-        let config = World::config(&format!("merge_method: {method}\nbase_model: base"), &["", ""]);
+    for method in ["iso_c", "iso_cts", "tsv_m", "knots"] {
+        let more = if method == "knots" { "\nparameters: { density: 0.3 }" } else { "" };
+        let config = World::config(&format!("merge_method: {method}\nbase_model: base{more}"), &["", ""]);
         let one = scratch.merge(&config, &format!("{method}-1"), &["--threads", "1"]);
         let plan = scratch.plan(&config, &["--threads", "3"]);
         let least = plan["least_memory_bytes"].to_string();
