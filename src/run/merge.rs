@@ -62,13 +62,13 @@ impl MergeSummary {
 }
 
 /// Raised by signals; the number of the first one.
-struct Signals {
-    cancel: Arc<AtomicBool>,
+pub(super) struct Signals {
+    pub(super) cancel: Arc<AtomicBool>,
     number: Arc<AtomicUsize>,
 }
 
 impl Signals {
-    fn install() -> Self {
+    pub(super) fn install() -> Self {
         use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
         let cancel = Arc::new(AtomicBool::new(false));
         let number = Arc::new(AtomicUsize::new(0));
@@ -86,7 +86,7 @@ impl Signals {
     }
 
     /// `out`: where `--resume` can go on.
-    fn interrupted(&self, out: Option<&Path>) -> Option<Error> {
+    pub(super) fn interrupted(&self, out: Option<&Path>) -> Option<Error> {
         match self.number.load(Ordering::Relaxed) {
             0 => None,
             signal => Some(Error::Interrupted { signal: signal as i32, out: out.map(Path::to_owned) }),
