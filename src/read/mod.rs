@@ -35,7 +35,7 @@ pub use dtype::{
 pub use file::{Fingerprint, InputFile, IoMode, read_small_file};
 pub use header::{Header, header_hash, read_header};
 pub use mmap::exit_on_lost_pages;
-pub use torch::TorchFile;
+pub use torch::{Storages, TorchFile};
 
 /// Longest safetensors header that is accepted, in bytes.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;

@@ -26,7 +26,21 @@ pub struct TorchFile {
     /// Bytes of directory and pickle: what the metadata in memory is in proportion to.
     pub header_bytes: u64,
     /// The storages that tensors lie in.
-    storages: Vec<(String, Entry)>,
+    pub storages: Storages,
+}
+
+/// Storages of an archive, with their checksums.
+#[derive(Debug)]
+pub struct Storages(Vec<(String, Entry)>);
+
+impl Storages {
+    /// Reads every storage of `file` once and compares it with its checksum.
+    ///
+    /// # Errors
+    /// [`ReadError::Archive`] naming the first that is damaged; those of reading.
+    pub fn check(&self, file: &InputFile) -> Result<(), ReadError> {
+        self.0.iter().try_for_each(|(name, entry)| archive::check_crc(file, name, entry))
+    }
 }
 
 impl TorchFile {
@@ -90,15 +104,7 @@ impl TorchFile {
         tensors.sort_by(|a, b| (a.offset, &a.name).cmp(&(b.offset, &b.name)));
         let mut storages: Vec<(String, Entry)> = storages.into_iter().collect();
         storages.sort_by_key(|(_, entry)| entry.offset);
-        Ok(Self { file, tensors, warnings, header_bytes, storages })
-    }
-
-    /// Reads every storage in use once and compares it with its checksum.
-    ///
-    /// # Errors
-    /// [`ReadError::Archive`] naming the first that is damaged; those of reading.
-    pub fn check_storages(&self) -> Result<(), ReadError> {
-        self.storages.iter().try_for_each(|(name, entry)| archive::check_crc(&self.file, name, entry))
+        Ok(Self { file, tensors, warnings, header_bytes, storages: Storages(storages) })
     }
 }
 

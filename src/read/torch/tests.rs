@@ -15,7 +15,7 @@ fn open(bytes: &[u8]) -> Result<TorchFile, ReadError> {
     let [mapped, pread] = [IoMode::Mmap, IoMode::Pread].map(|io| TorchFile::open(&path, io, 0));
     assert_eq!(mapped.as_ref().err().map(ToString::to_string), pread.err().map(|e| e.to_string()));
     if let Ok(file) = &mapped {
-        file.check_storages()?;
+        file.storages.check(&file.file)?;
     }
     mapped
 }

@@ -279,22 +279,24 @@ fn run(
     cancel: &AtomicBool,
 ) -> Result<ConvertSummary, ConvertError> {
     NewFile::check(out)?;
-    let sources::Sources { statistics, divisors, foreign } = sources::open(inputs, options)?;
-    let statistics = Arc::new(statistics);
+    let sources = sources::open(inputs, options)?;
+    let (statistics, divisors, foreign) = (&sources.statistics, &sources.divisors, &sources.foreign);
     let mut warnings = statistics.warnings().to_vec();
     let mut names = Names::new(&options.renames);
-    let plan = Plan::new(&statistics, &divisors, &foreign, options, &mut names, &mut warnings)?;
-    let mut metadata = plan.metadata(&statistics, options, &mut names);
+    let plan = Plan::new(statistics, divisors, foreign, options, &mut names, &mut warnings)?;
+    let mut metadata = plan.metadata(statistics, options, &mut names);
     names.check_used()?;
     if options.renames.is_empty()
         && foreign.iter().any(|foreign| *foreign)
-        && let Some(prefix) = sources::wrapper_prefix(&statistics)
+        && let Some(prefix) = sources::wrapper_prefix(statistics)
     {
         warnings.push(format!(
             "every name begins with `{prefix}`; if those of the model's tensors do not, add --rename {prefix}="
         ));
     }
-    plan.check_memory(&statistics, options.max_memory)?;
+    plan.check_memory(statistics, options.max_memory)?;
+    sources.check_storages()?;
+    let statistics = Arc::new(sources.statistics);
 
     // The header's room is measured with the longest numbers; the final one is padded to it.
     let fixed = metadata.len();

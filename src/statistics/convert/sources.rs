@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::super::format::{ForeignFile, Opening};
 use super::super::{Kind, ModelStatistics, StatisticsError};
 use super::{ConvertError, ConvertOptions, From, Values};
-use crate::read::{InputFile, IoMode, TensorMeta, TorchFile, escaped, pickled, read_header};
+use crate::read::{InputFile, IoMode, Storages, TensorMeta, TorchFile, escaped, pickled, read_header};
 
 /// Metadata of the counts.
 const TOKENS: &str = "tokens";
@@ -24,12 +24,22 @@ pub(super) struct Sources {
     pub(super) divisors: Vec<f64>,
     /// Of each file: whether it is of another format.
     pub(super) foreign: Vec<bool>,
+    /// Of archives: the number of the file, and what to hold its bytes against.
+    storages: Vec<(usize, Storages)>,
 }
 
-/// Opens every input, and of foreign archives reads every storage once against its checksum.
+impl Sources {
+    /// Reads every storage of foreign archives once against its checksum.
+    pub(super) fn check_storages(&self) -> Result<(), ConvertError> {
+        let files = self.statistics.files();
+        self.storages.iter().try_for_each(|(file, storages)| Ok(storages.check(&files[*file])?))
+    }
+}
+
+/// Opens every input; reads headers alone.
 pub(super) fn open(paths: &[PathBuf], options: &ConvertOptions) -> Result<Sources, ConvertError> {
     let mut opening = Opening::default();
-    let (mut divisors, mut foreign) = (Vec::new(), Vec::new());
+    let (mut divisors, mut foreign, mut storages) = (Vec::new(), Vec::new(), Vec::new());
     let mut kind_used = false;
     for path in paths {
         let format = match options.from {
@@ -51,7 +61,9 @@ pub(super) fn open(paths: &[PathBuf], options: &ConvertOptions) -> Result<Source
                 opening.add_file(path, options.io)?;
             }
             From::Reference => {
-                let file = reference(path, options, opening.files(), &mut kind_used, &mut divisor)?;
+                let index = opening.files();
+                let (file, checks) = reference(path, options, index, &mut kind_used, &mut divisor)?;
+                storages.push((index, checks));
                 opening.add_foreign(file)?;
             }
             From::Pmetal => {
@@ -68,7 +80,7 @@ pub(super) fn open(paths: &[PathBuf], options: &ConvertOptions) -> Result<Source
             what: format!("got `{kind}`, but every file's name tells its kind, or its keys do; leave it out"),
         });
     }
-    Ok(Sources { statistics: opening.finish()?, divisors, foreign })
+    Ok(Sources { statistics: opening.finish()?, divisors, foreign, storages })
 }
 
 /// The format of a file, by its first bytes and, for plain safetensors, by its metadata and its name.
@@ -190,15 +202,14 @@ fn reference(
     index: usize,
     kind_used: &mut bool,
     divisor: &mut f64,
-) -> Result<ForeignFile, ConvertError> {
+) -> Result<(ForeignFile, Storages), ConvertError> {
     let file = TorchFile::open(path, options.io, index).map_err(StatisticsError::from)?;
     let (told, fisher) = reference_kind(path);
     let kind = kind_of(told, path, options, kind_used)?;
     if options.values == Some(Values::Sums) {
         *divisor = count_of(kind, path, options, |_| None)?;
     }
-    file.check_storages().map_err(StatisticsError::from)?;
-    let TorchFile { file, tensors, warnings, header_bytes, .. } = file;
+    let TorchFile { file, tensors, warnings, header_bytes, storages } = file;
     let mut metadata: Vec<(String, String)> = counts(options).collect();
     metadata.push((FISHER.to_owned(), fisher.to_owned()));
     let mut foreign =
@@ -218,7 +229,7 @@ fn reference(
             _ => foreign.tensors.push(TensorMeta { name: key, ..tensor }),
         }
     }
-    Ok(foreign)
+    Ok((foreign, storages))
 }
 
 /// The reference's Grams carry the names of their modules, to which its merging adds `.weight`; those of (IA)³ vectors

@@ -203,7 +203,7 @@ fn a_dtype_that_cannot_hold_the_values_is_refused() {
     let half = ConvertOptions { dtype: Some(Dtype::F16), ..options() };
     let refused = |key: &str, shape: &[usize], values: &[f64], expected: &str| {
         let tensors = [(key, "F64", shape, f64s(values))];
-        let error = converted(&[], &tensors, &half).err().expect("must be refused");
+        let error = converted(&[], &tensors, &half).expect_err("must be refused");
         assert_eq!(error.exit_code(), 2);
         let text = error.to_string();
         assert!(text.contains(expected) && text.contains("bf16"), "{text}\ndoes not say: {expected}");
@@ -233,7 +233,7 @@ fn values_that_no_merge_takes_are_refused() {
         ("a/input_factor", &[1, 2], vec![1.0, f64::NAN], "row 0, column 1"),
     ] {
         let tensors = [(key, "F64", shape, f64s(&values))];
-        let error = converted(&[], &tensors, &options()).err().expect("must be refused").to_string();
+        let error = converted(&[], &tensors, &options()).expect_err("must be refused").to_string();
         assert!(error.contains(expected), "{error}\ndoes not say: {expected}");
     }
     // A mean may be negative.
@@ -246,7 +246,7 @@ fn memory_is_planned_and_a_cancelled_run_leaves_nothing() {
     let a = gram(side, 4, 1.0, 1);
     let tensors = [("a/input_gram", "F64", &[side, side][..], f64s(&a))];
     let low = ConvertOptions { rank: Some(4), max_memory: 24 << 20, ..options() };
-    let error = converted(&[], &tensors, &low).err().expect("too little");
+    let error = converted(&[], &tensors, &low).expect_err("too little");
     let ConvertError::Memory { least, .. } = error else { panic!("{error}") };
     // The matrix and three more of its size.
     assert!(least > 4 * 8 * (side * side) as u64);
@@ -274,7 +274,7 @@ fn renames_must_fit_and_stay_apart() {
     };
     let (found, _, _directory) = converted(&[], &tensors, &with("t.", "u.")).expect("legal");
     assert_eq!(found.parameters().collect::<Vec<_>>(), ["a", "u.a"]);
-    let refused = |options| converted(&[], &tensors, &options).err().expect("must be refused").to_string();
+    let refused = |options| converted(&[], &tensors, &options).expect_err("must be refused").to_string();
     assert!(refused(with("t.", "")).contains("`a/fisher_diagonal`"));
     assert!(refused(with("x.", "")).contains("none has it"));
     assert!(refused(ConvertOptions { values: Some(Values::Sums), ..options() }).contains("are means"));
