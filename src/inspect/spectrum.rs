@@ -1,7 +1,7 @@
 //! Eigenvalues of a Gram as far as memory goes: all of them, or the extremes by Lanczos steps, from a matrix that is held
 //! or read anew at each step.
 //!
-//! `inspect` calls [`of`] for each Gram, Fisher block or factor whose values are finite. It decides nothing: what the
+//! `inspect` calls `of` for each Gram, Fisher block or factor whose values are finite. It decides nothing: what the
 //! merge does about small eigenvalues is `solve::cholesky`'s and `solve::eigen`'s, whose floor is quoted here.
 
 use std::collections::BTreeMap;

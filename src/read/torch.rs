@@ -1,7 +1,7 @@
 //! `torch.save`d dictionaries of tensors as names and byte ranges, without running anything.
 //!
 //! The statistics module opens one for each `.pt` file of another tool. Weights are never read this way: `merge` refuses
-//! pickles. The archive ([`super::archive`]) says where each storage's bytes lie, the pickle ([`super::pickle`], read as
+//! pickles. The archive (`archive`) says where each storage's bytes lie, the pickle (`pickle`, read as
 //! data) which tensor is which part of which storage; here the two are held against each other. What comes out is what a
 //! safetensors header gives: a [`TensorMeta`] for each tensor, read by ranges.
 
