@@ -14,6 +14,7 @@ Examples:
   mats-stream diff merged models/base --tolerance 1e-6    exit 1 where they differ by more
   mats-stream materialise merged 0 --out task0            one task's model of a merge that kept masks
   mats-stream verify merged                               exit 1 where a tensor is not as it was written
+  mats-stream statistics convert grams.pt --out s.safetensors --dtype bf16
   mats-stream report merged                               one HTML page of what the merge did
 
 A minimal merge.yml:
@@ -61,6 +62,8 @@ pub enum Command {
     Materialise(MaterialiseArgs),
     /// Check a finished directory against the checksums of its report; exit 1 where anything differs
     Verify(VerifyArgs),
+    /// Convert statistics files
+    Statistics(StatisticsArgs),
     /// Write one self-contained HTML page of what a merge did
     ///
     /// Reads DIR/merge_report.json, writes DIR/report.html and prints its path. The page needs no network and
@@ -144,9 +147,13 @@ pub struct InspectArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Read the data too: norms, NaN and Inf counts, condition estimates
+    /// Read the data too: norms, NaN and Inf counts, spectra of Grams
     #[arg(long)]
     pub stats: bool,
+
+    /// Memory that a spectrum may take, as 8GiB [default: 80 % of what is available]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "stats")]
+    pub max_memory: Option<u64>,
 }
 
 /// `diff A B`.
@@ -233,6 +240,83 @@ pub struct VerifyArgs {
     pub json: bool,
 }
 
+/// `statistics COMMAND`.
+#[derive(Debug, Clone, Args)]
+pub struct StatisticsArgs {
+    #[command(subcommand)]
+    pub command: StatisticsCommand,
+}
+
+/// What to do with statistics.
+#[derive(Debug, Clone, Subcommand)]
+pub enum StatisticsCommand {
+    /// Write statistics of another tool, or in another form, as one statistics file
+    ///
+    /// Reads this program's own files, the .pt files of r-three/mats (as data: nothing in them is run) and
+    /// pmetal-merge's fisher.safetensors and regmean_grams.safetensors. All inputs are of one model.
+    Convert(ConvertArgs),
+}
+
+/// `statistics convert IN… --out FILE`.
+#[derive(Debug, Clone, Args)]
+pub struct ConvertArgs {
+    /// Statistics files of one model
+    #[arg(value_name = "IN", required = true)]
+    pub inputs: Vec<PathBuf>,
+
+    /// File to write; must not exist
+    #[arg(long, short, value_name = "FILE")]
+    pub out: PathBuf,
+
+    /// Whose files the inputs are
+    #[arg(long, value_enum, value_name = "TOOL", default_value_t = SourceFormat::Auto)]
+    pub from: SourceFormat,
+
+    /// What a file holds whose name is not the one that its tool gives it
+    #[arg(long, value_enum, value_name = "KIND")]
+    pub kind: Option<ForeignKind>,
+
+    /// Whether another tool's values are divided by their number [default: pmetal sums, others means]
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub values: Option<StoredValues>,
+
+    /// Tokens that another tool's Grams are sums over; kept in the metadata
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub tokens: Option<u64>,
+
+    /// Examples that another tool's Fishers are sums over; kept in the metadata
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub examples: Option<u64>,
+
+    /// Replace the beginning of parameters' names, as transformer.= ; may be given several times
+    #[arg(long, value_name = "OLD=NEW", value_parser = parse_rename)]
+    pub rename: Vec<(String, String)>,
+
+    /// Store lower triangles of Grams [default for files of other tools]
+    #[arg(long, conflicts_with = "dense")]
+    pub packed: bool,
+
+    /// Store whole Grams
+    #[arg(long)]
+    pub dense: bool,
+
+    /// Store values so [default: as they are]
+    #[arg(long, value_enum, value_name = "DTYPE")]
+    pub dtype: Option<StoredDtype>,
+
+    /// Store Grams by their N leading directions, with bounds of the error in the metadata
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub rank: Option<u32>,
+
+    /// Hard bound on memory, page cache aside, as 8GiB [default: 80 % of what is available]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub max_memory: Option<u64>,
+
+    /// How inputs are read [default: pread on network file systems, else mmap]
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub io: Option<IoMode>,
+}
+
 /// `report DIR`.
 #[derive(Debug, Clone, Args)]
 pub struct ReportArgs {
@@ -289,6 +373,40 @@ pub struct ResourceArgs {
 pub enum IoMode {
     Mmap,
     Pread,
+}
+
+/// `--from`: the tool that wrote statistics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SourceFormat {
+    Auto,
+    Reference,
+    Pmetal,
+    MatsStream,
+}
+
+/// `--kind`: as keys spell it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum ForeignKind {
+    InputGram,
+    OutputGram,
+    FisherDiagonal,
+    FisherBlock,
+}
+
+/// `--values`: divided by the number of tokens or examples, or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StoredValues {
+    Means,
+    Sums,
+}
+
+/// `--dtype` of statistics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StoredDtype {
+    F32,
+    Bf16,
+    F16,
 }
 
 /// `--nonfinite`: stop and name the tensor, or carry the value into the output.
@@ -384,6 +502,14 @@ pub fn parse_size(text: &str) -> Result<u64, SizeError> {
         Ok(0) => Err(SizeError::Zero),
         Ok(bytes) => Ok(bytes),
         Err(_) => Err(SizeError::Overflow),
+    }
+}
+
+/// `OLD=NEW`, split at its first `=`; OLD must have a character.
+fn parse_rename(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((old, new)) if !old.is_empty() => Ok((old.to_owned(), new.to_owned())),
+        _ => Err("expected OLD=NEW, with the beginning of a name for OLD".to_owned()),
     }
 }
 
@@ -504,6 +630,9 @@ mod tests {
             "--log-level error diff a b",
             "merge c.yml --dry-run",
             "report merged",
+            "statistics convert a.pt b.pt --out o --rename transformer.= --dtype bf16 --rank 8 --kind input_gram",
+            "statistics convert a --out o --values sums --tokens 5 --examples 6 --dense --from pmetal --io pread",
+            "inspect s --stats --max-memory 1GiB",
             "completions zsh",
             "man",
             "man pages",
@@ -530,6 +659,15 @@ mod tests {
             "verify",
             "report",
             "report a b",
+            "statistics",
+            "statistics convert --out o",
+            "statistics convert a",
+            "statistics convert a --out o --rank 0",
+            "statistics convert a --out o --packed --dense",
+            "statistics convert a --out o --rename x",
+            "statistics convert a --out o --rename =x",
+            "statistics convert a --out o --tokens 0",
+            "inspect s --max-memory 1GiB",
             "completions",
             "completions csh",
             "man a b",

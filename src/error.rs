@@ -7,6 +7,7 @@ use crate::plan::PlanError;
 use crate::read::ReadError;
 use crate::report::ReportError;
 use crate::statistics::StatisticsError;
+use crate::statistics::convert::ConvertError;
 use crate::tokenizer::TokenizerError;
 use crate::view::AdapterError;
 use crate::write::WriteError;
@@ -45,6 +46,9 @@ pub enum Error {
     /// A statistics file.
     #[error(transparent)]
     Statistics(#[from] StatisticsError),
+    /// A conversion of statistics.
+    #[error(transparent)]
+    Convert(#[from] ConvertError),
     /// The plan.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -103,6 +107,7 @@ impl Error {
             | Self::Masks(_)
             | Self::Section { .. } => 2,
             Self::Statistics(error) => error.exit_class().code(),
+            Self::Convert(error) => error.exit_code(),
             Self::Plan(PlanError::Merge(error)) | Self::Merge(error) => merge_code(error),
             Self::Plan(_) => 2,
             Self::Write(error) => error.exit_class().code(),

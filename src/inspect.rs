@@ -2,9 +2,9 @@
 //! values are like.
 //!
 //! `main` calls [`inspect`] and prints the [`Inspection`] as a table or as JSON. Without statistics only
-//! headers are read; with them every tensor is streamed once, in tiles. Only Grams up to
-//! [`MAX_SPECTRUM_SIDE`] are ever in memory as a whole. Nothing is written and nothing is judged here: a NaN
-//! is counted, not refused.
+//! headers are read; with them every tensor is streamed once, in tiles. Of a Gram the [`spectrum`] follows, which is in
+//! memory as a whole only where the caller's bound allows. Nothing is written and nothing is judged here: a NaN is
+//! counted, not refused.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -21,12 +21,12 @@ use crate::report::units::Bytes;
 use crate::statistics::format::{ALIAS_PREFIX, FORMAT_KEY, split_key};
 use crate::statistics::{FORMAT, Form, Kind, ModelStatistics};
 
+pub mod spectrum;
+
+use spectrum::{Method, Spectrum};
+
 /// Elements that are decoded at a time: 4 MiB of f64.
 const TILE: usize = 512 << 10;
-/// Largest Gram whose spectrum is estimated, by its side: 32 MiB of f64.
-pub const MAX_SPECTRUM_SIDE: usize = 2048;
-/// Lanczos steps. Extreme eigenvalues of Grams, whose spectra decay, are found in far fewer.
-const LANCZOS_STEPS: usize = 64;
 
 /// What kind of file was inspected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -60,6 +60,12 @@ pub struct Inspection {
     /// Aliases of a statistics file, as stated there.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub aliases: BTreeMap<String, String>,
+    /// Examples that statistics are over, where their file says it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub examples: Option<u64>,
+    /// Tokens that statistics are over, where their file says it; those of encoder and decoder are in the metadata.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<u64>,
     /// By file and offset.
     pub tensors: Vec<TensorRow>,
     /// What was accepted but should be known.
@@ -94,6 +100,9 @@ pub struct TensorRow {
     /// What it is of its parameter, in a statistics file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kind: Option<Kind>,
+    /// Aliases that lead to it, through other aliases too.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub shared_by: Vec<String>,
     /// Only where asked for, and only of dtypes whose values are numbers to us.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stats: Option<TensorStats>,
@@ -125,33 +134,46 @@ pub struct GramStats {
     pub min_diagonal: Option<f64>,
     /// `trace² / ‖·‖²_F`: how many equal eigenvalues would have this trace and norm. Not of factors.
     pub effective_rank: Option<f64>,
-    /// Largest eigenvalue, by Lanczos steps, from below. Up to [`MAX_SPECTRUM_SIDE`], not of factors.
+    /// Largest eigenvalue, or by Lanczos steps one below it.
     pub largest_eigenvalue: Option<f64>,
-    /// The least eigenvalue is at most this: Lanczos steps approach it from above.
+    /// The least eigenvalue is at most this: it is this, or Lanczos steps approach it from above.
     pub smallest_eigenvalue_at_most: Option<f64>,
     /// The ratio of the two: the condition number is at least this. `None` where the least one is not above
-    /// zero to the precision of the estimate.
+    /// zero to the precision of the computation.
     pub condition_at_least: Option<f64>,
+    /// What is known of the eigenvalues.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spectrum: Option<Spectrum>,
 }
 
 /// Inspects a checkpoint (a directory, a file, an index) or a statistics file.
 ///
-/// - `stats`: stream the values too, once.
+/// - `stats`: stream the values too, with at most so many bytes held for a spectrum.
 ///
 /// # Errors As [`Checkpoint::open`] and [`Checkpoint::read`]; [`ReadError::Changed`] if a file changed while
 /// it was streamed.
-pub fn inspect(path: &Path, stats: bool, io: IoMode) -> Result<Inspection, ReadError> {
+pub fn inspect(path: &Path, stats: Option<u64>, io: IoMode) -> Result<Inspection, ReadError> {
     let checkpoint = Checkpoint::open(path, io)?;
     let mut warnings = checkpoint.warnings().to_vec();
     let is_statistics = checkpoint.metadata().get(FORMAT_KEY).is_some_and(|format| format == FORMAT);
-    if is_statistics
-        && let [file] = checkpoint.files()
-        && let Err(error) = ModelStatistics::open(&[file.path().to_owned()], io)
-    {
-        // By itself it may be no model's statistics, as an alias may lead to another file: say so, and show
-        // it.
-        warnings.push(error.to_string());
+    let mut shared: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    if is_statistics && let [file] = checkpoint.files() {
+        match ModelStatistics::open(&[file.path().to_owned()], io) {
+            Ok(statistics) => {
+                for (key, target) in statistics.aliases() {
+                    shared.entry(target.to_owned()).or_default().push(key.to_owned());
+                }
+            }
+            // By itself it may be no model's statistics, as an alias may lead to another file: say so, and show
+            // it.
+            Err(error) => warnings.push(error.to_string()),
+        }
     }
+    let count = |key: &str| {
+        let stated = checkpoint.metadata().get(key).filter(|_| is_statistics);
+        stated.and_then(|count| count.parse::<u64>().ok())
+    };
+    let (examples, tokens) = (count("examples"), count("tokens"));
 
     let (aliases, metadata): (BTreeMap<_, _>, BTreeMap<_, _>) = checkpoint
         .metadata()
@@ -176,7 +198,10 @@ pub fn inspect(path: &Path, stats: bool, io: IoMode) -> Result<Inspection, ReadE
             .flatten()
             .map(|(_, kind)| kind);
         let form = kind.and_then(|kind| kind.form(&tensor.shape).ok());
-        let stats = if stats { tensor_stats(&checkpoint, tensor, form, &mut buffers)? } else { None };
+        let stats = match stats {
+            Some(max_memory) => tensor_stats(&checkpoint, tensor, form, max_memory, &mut buffers)?,
+            None => None,
+        };
         tensors.push(TensorRow {
             name: tensor.name.clone(),
             dtype: tensor.dtype,
@@ -185,10 +210,11 @@ pub fn inspect(path: &Path, stats: bool, io: IoMode) -> Result<Inspection, ReadE
             bytes: tensor.bytes,
             file: tensor.file,
             kind,
+            shared_by: shared.remove(&tensor.name).unwrap_or_default(),
             stats,
         });
     }
-    if stats {
+    if stats.is_some() {
         checkpoint.check_unchanged()?;
     }
     Ok(Inspection {
@@ -208,6 +234,8 @@ pub fn inspect(path: &Path, stats: bool, io: IoMode) -> Result<Inspection, ReadE
         dtypes,
         metadata,
         aliases,
+        examples,
+        tokens,
         tensors,
         warnings,
     })
@@ -225,6 +253,7 @@ fn tensor_stats(
     checkpoint: &Checkpoint,
     tensor: &TensorMeta,
     form: Option<Form>,
+    max_memory: u64,
     buffers: &mut Buffers,
 ) -> Result<Option<TensorStats>, ReadError> {
     if !tensor.dtype.is_float() && !tensor.dtype.is_copied() {
@@ -232,11 +261,6 @@ fn tensor_stats(
     }
     let mut values = ValueStats::default();
     let mut diagonal = form.and_then(Diagonal::of);
-    let spectrum_side = match form {
-        Some(Form::Full { side } | Form::Packed { side }) if side <= MAX_SPECTRUM_SIDE => side,
-        _ => 0,
-    };
-    let mut matrix: Vec<f64> = Vec::new();
 
     // Each dtype here has whole bytes.
     let element_bytes = tensor.dtype.bits() / 8;
@@ -262,16 +286,15 @@ fn tensor_stats(
         if let Some(diagonal) = &mut diagonal {
             diagonal.add(start, &buffers.tile);
         }
-        if spectrum_side > 0 {
-            matrix.extend_from_slice(&buffers.tile);
-        }
         start = end;
     }
 
     let finite = values.nan + values.inf == 0;
-    let gram = form.and_then(|form| {
-        let side = form.side()?;
-        let mut gram = GramStats {
+    let mut gram = None;
+    if let Some(form) = form
+        && let Some(side) = form.side()
+    {
+        let mut found = GramStats {
             side,
             trace: values.squares,
             min_diagonal: None,
@@ -279,32 +302,35 @@ fn tensor_stats(
             largest_eigenvalue: None,
             smallest_eigenvalue_at_most: None,
             condition_at_least: None,
+            spectrum: None,
         };
+        let mut squares = None;
         if let Some(diagonal) = &diagonal {
-            gram.trace = diagonal.sum;
-            gram.min_diagonal = diagonal.least;
+            found.trace = diagonal.sum;
+            found.min_diagonal = diagonal.least;
             // A packed triangle holds each off-diagonal entry once, the matrix twice.
             let frobenius = match form {
                 Form::Packed { .. } => 2.0 * values.squares - diagonal.squares,
                 _ => values.squares,
             };
             if finite && frobenius > 0.0 {
-                gram.effective_rank = Some(gram.trace * gram.trace / frobenius);
+                found.effective_rank = Some(found.trace * found.trace / frobenius);
+            }
+            squares = Some(frobenius);
+        }
+        if finite && side > 0 {
+            found.spectrum = spectrum::of(checkpoint, tensor, form, squares, max_memory)?;
+        }
+        if let Some(spectrum) = &found.spectrum {
+            let (least, largest) = (spectrum.smallest, spectrum.largest);
+            found.largest_eigenvalue = Some(largest);
+            found.smallest_eigenvalue_at_most = Some(least);
+            if least > largest * side as f64 * f64::EPSILON {
+                found.condition_at_least = Some(largest / least);
             }
         }
-        if finite && spectrum_side > 0 {
-            let matrix =
-                SymmetricMatrix { side, values: &matrix, packed: matches!(form, Form::Packed { .. }) };
-            if let Some((least, largest)) = extreme_ritz_values(&matrix) {
-                gram.largest_eigenvalue = Some(largest);
-                gram.smallest_eigenvalue_at_most = Some(least);
-                if least > largest * side as f64 * f64::EPSILON {
-                    gram.condition_at_least = Some(largest / least);
-                }
-            }
-        }
-        Some(gram)
-    });
+        gram = Some(found);
+    }
     Ok(Some(TensorStats {
         l2_norm: values.squares.sqrt(),
         min: values.min,
@@ -409,120 +435,6 @@ impl Diagonal {
     }
 }
 
-/// A symmetric matrix in memory, all of it or its lower triangle by rows.
-struct SymmetricMatrix<'a> {
-    side: usize,
-    values: &'a [f64],
-    packed: bool,
-}
-
-impl SymmetricMatrix<'_> {
-    /// `y = A·x`. Only the lower triangle is read.
-    fn apply(&self, x: &[f64], y: &mut [f64]) {
-        y.fill(0.0);
-        for row in 0..self.side {
-            let start = if self.packed { row * (row + 1) / 2 } else { row * self.side };
-            let (lower, diagonal) = (&self.values[start..start + row], self.values[start + row]);
-            let mut sum = diagonal * x[row];
-            for ((a, x_column), y_column) in lower.iter().zip(x).zip(y.iter_mut()) {
-                sum += a * x_column;
-                *y_column += a * x[row];
-            }
-            y[row] += sum;
-        }
-    }
-}
-
-/// The least and the largest Ritz value of a symmetric matrix after [`LANCZOS_STEPS`] steps with full
-/// reorthogonalisation; exact where the side is no larger. They lie between the extreme eigenvalues.
-///
-/// # Source
-/// Parlett, The Symmetric Eigenvalue Problem, chapters 4 (Sturm counts) and 13 (Lanczos).
-fn extreme_ritz_values(matrix: &SymmetricMatrix<'_>) -> Option<(f64, f64)> {
-    let side = matrix.side;
-    if side == 0 {
-        return None;
-    }
-    // Any start that no structure of a Gram is orthogonal to; the same on every run.
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    let mut start: Vec<f64> = (0..side)
-        .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 11) as f64 / (1u64 << 53) as f64 - 0.5
-        })
-        .collect();
-    let length = norm(&start);
-    start.iter_mut().for_each(|v| *v /= length);
-
-    let (mut alphas, mut betas): (Vec<f64>, Vec<f64>) = (Vec::new(), Vec::new());
-    let mut basis = vec![start];
-    let mut next = vec![0.0; side];
-    while let Some(current) = basis.last() {
-        matrix.apply(current, &mut next);
-        alphas.push(dot(current, &next));
-        if alphas.len() == side.min(LANCZOS_STEPS) {
-            break;
-        }
-        // Twice is enough.
-        for _ in 0..2 {
-            for direction in &basis {
-                let along = dot(direction, &next);
-                next.iter_mut().zip(direction).for_each(|(v, d)| *v -= along * d);
-            }
-        }
-        let beta = norm(&next);
-        let scale = alphas.iter().fold(0f64, |scale, alpha| scale.max(alpha.abs()));
-        // An invariant subspace: its Ritz values are eigenvalues.
-        if beta <= scale * side as f64 * f64::EPSILON {
-            break;
-        }
-        betas.push(beta);
-        basis.push(next.iter().map(|v| v / beta).collect());
-    }
-
-    // Gershgorin's interval, then bisection on the number of eigenvalues below a point.
-    let beta_at = |at: Option<usize>| at.and_then(|at| betas.get(at)).copied().unwrap_or(0.0);
-    let radius = |at: usize| beta_at(at.checked_sub(1)) + beta_at(Some(at));
-    let low = alphas.iter().enumerate().map(|(at, a)| a - radius(at)).fold(f64::INFINITY, f64::min);
-    let high = alphas.iter().enumerate().map(|(at, a)| a + radius(at)).fold(f64::NEG_INFINITY, f64::max);
-    if !(low.is_finite() && high.is_finite()) {
-        return None;
-    }
-    let below = |point: f64| {
-        let mut count = 0;
-        let mut pivot = 1.0;
-        for (at, alpha) in alphas.iter().enumerate() {
-            let beta = beta_at(at.checked_sub(1));
-            pivot = alpha - point - if at == 0 { 0.0 } else { beta * beta / pivot };
-            if pivot == 0.0 {
-                pivot = f64::MIN_POSITIVE;
-            }
-            count += usize::from(pivot < 0.0);
-        }
-        count
-    };
-    let bisect = |wanted: usize| {
-        let (mut left, mut right) = (low, high);
-        for _ in 0..200 {
-            let middle = left + (right - left) / 2.0;
-            if middle <= left || middle >= right {
-                break;
-            }
-            if below(middle) >= wanted { right = middle } else { left = middle }
-        }
-        right
-    };
-    Some((bisect(1), bisect(alphas.len())))
-}
-
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
-}
-
-fn norm(a: &[f64]) -> f64 {
-    dot(a, a).sqrt()
-}
-
 impl Inspection {
     /// Writes the inspection as text: one line per tensor, then totals. Foreign names are escaped.
     ///
@@ -537,7 +449,7 @@ impl Inspection {
         }
         let with_grams = self.tensors.iter().any(|row| row.stats.as_ref().is_some_and(|s| s.gram.is_some()));
         if with_grams {
-            heading.extend(["trace", "effective rank", "largest eigenvalue", "condition"]);
+            heading.extend(["trace", "effective rank", "largest λ", "median λ", "smallest λ", "condition"]);
         }
         rows.push(heading.into_iter().map(str::to_owned).collect());
         for row in &self.tensors {
@@ -545,6 +457,12 @@ impl Inspection {
         }
         write_columns(out, &rows)?;
         writeln!(out)?;
+        let counts = [(self.examples, "examples"), (self.tokens, "tokens")];
+        let counts: Vec<String> =
+            counts.iter().filter_map(|(count, of)| count.map(|count| format!("{count} {of}"))).collect();
+        if !counts.is_empty() {
+            writeln!(out, "over {}", counts.join(", "))?;
+        }
         for (key, target) in &self.aliases {
             writeln!(out, "alias {} = {}", escaped(key), escaped(target))?;
         }
@@ -600,9 +518,21 @@ impl TensorRow {
             cells.push(number(gram.map(|g| g.trace)));
             let rank = gram.and_then(|g| g.effective_rank);
             cells.push(rank.map_or_else(|| "-".to_owned(), |rank| format!("{rank:.1}")));
-            cells.push(number(gram.and_then(|g| g.largest_eigenvalue)));
-            let condition = gram.and_then(|g| g.condition_at_least);
-            cells.push(condition.map_or_else(|| "-".to_owned(), |c| format!("≥ {c:.2e}")));
+            let spectrum = gram.and_then(|g| g.spectrum.as_ref());
+            cells.push(number(spectrum.map(|s| s.largest)));
+            cells.push(number(spectrum.and_then(|s| s.quantiles.as_ref()?.get("0.5").copied())));
+            // Lanczos steps end above the least eigenvalue, below the largest.
+            let estimated = spectrum.is_some_and(|s| s.method == Method::Lanczos);
+            let smallest = number(spectrum.map(|s| s.smallest));
+            cells.push(if estimated { format!("≤ {smallest}") } else { smallest });
+            let condition = spectrum.and_then(|s| {
+                Some((s.condition_at_noise?, estimated || s.noise.is_some_and(|noise| s.smallest < noise)))
+            });
+            cells.push(match condition {
+                Some((condition, true)) => format!("≥ {condition:.2e}"),
+                Some((condition, false)) => format!("{condition:.2e}"),
+                None => "-".to_owned(),
+            });
         }
         cells
     }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use mats_stream::config::MergeConfig;
 use mats_stream::plan::Limits;
-use mats_stream::read::{Checkpoint, InputFile, IoMode, read_header};
+use mats_stream::read::{Checkpoint, InputFile, IoMode, TorchFile, read_header};
 use mats_stream::report::ProgressMode;
 use mats_stream::run::{MergeOptions, merge};
 use mats_stream::statistics::ModelStatistics;
@@ -342,6 +342,48 @@ fn statistics_file() {
                 for statistic in statistics.statistics() {
                     let bytes = statistics.read(statistic, 0..statistic.bytes, &mut scratch);
                     assert_eq!(bytes.expect("inside the file").len() as u64, statistic.bytes);
+                }
+                true
+            }
+            Err(error) => {
+                assert!(!error.to_string().contains('\n'), "{error}");
+                false
+            }
+        }
+    });
+}
+
+/// Archives of torch, mostly one without checksums, so that a changed pickle is read and not only found damaged.
+#[test]
+fn torch_file() {
+    let entries = fs::read_dir(fixtures().join("torch")).expect("fixtures/torch is there");
+    let mut paths: Vec<PathBuf> = entries.map(|e| e.expect("list").path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|e| e == "pt"));
+    paths.sort();
+    let corpus: Vec<Vec<u8>> = paths.iter().map(|path| fs::read(path).expect("read a file")).collect();
+    let open = fs::read(fixtures().join("torch/new_without_crc.pt")).expect("read a file");
+    fuzz("torch_file", 3000, |random, directory| {
+        let mut input = open.clone();
+        if random.below(3) == 0 {
+            input = mutate(&corpus[random.below(corpus.len())], &corpus, random);
+        } else {
+            // Bytes in place: lengths stay, so that the archive holds.
+            for _ in 0..=random.below(3) {
+                let at = random.below(input.len());
+                input[at] = random.next() as u8;
+            }
+        }
+        let path = directory.join("input.pt");
+        fs::write(&path, &input).expect("write a file");
+        let io = if random.below(2) == 0 { IoMode::Mmap } else { IoMode::Pread };
+        match TorchFile::open(&path, io, 0) {
+            Ok(torch) => {
+                let mut scratch = Vec::new();
+                for tensor in &torch.tensors {
+                    let elements: usize = tensor.shape.iter().product();
+                    assert_eq!(tensor.bytes, elements as u64 * (tensor.dtype.bits() / 8));
+                    let bytes = torch.file.bytes(tensor.offset..tensor.offset + tensor.bytes, &mut scratch);
+                    assert_eq!(bytes.expect("inside the file").len() as u64, tensor.bytes);
                 }
                 true
             }

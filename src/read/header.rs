@@ -52,7 +52,7 @@ pub fn read_header(file: &InputFile, file_index: usize) -> Result<Header, ReadEr
     let header_len = u64::from_le_bytes(prefix);
     // Before anything is allocated: the length is whatever somebody wrote there.
     if header_len > MAX_HEADER_BYTES {
-        if let Some(found) = super::pickled(&prefix) {
+        if let Some(found) = super::pickled_prefix(&prefix) {
             let detail = format!("got {found}, expected safetensors; {}", super::CONVERT);
             return Err(ReadError::NoCheckpoint { path: path.to_owned(), detail });
         }

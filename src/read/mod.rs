@@ -6,13 +6,14 @@
 //! here, before anything is allocated for it.
 //!
 //! It never writes, never interprets a tensor's name as a path, never holds decoded tensors, and never
-//! executes or unpickles anything.
+//! executes anything: pickles of statistics are read as data ([`torch`]), those of weights not at all.
 
 use std::io;
 use std::path::PathBuf;
 
 use thiserror::Error;
 
+mod archive;
 pub mod checkpoint;
 pub mod dtype;
 pub mod file;
@@ -20,9 +21,11 @@ pub mod header;
 pub mod index;
 #[allow(unsafe_code, reason = "memory maps; each block says why it is sound")]
 mod mmap;
+mod pickle;
 mod pread;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod torch;
 
 pub use checkpoint::{Checkpoint, TensorMeta};
 pub use dtype::{
@@ -32,6 +35,7 @@ pub use dtype::{
 pub use file::{Fingerprint, InputFile, IoMode, read_small_file};
 pub use header::{Header, header_hash, read_header};
 pub use mmap::exit_on_lost_pages;
+pub use torch::{Storages, TorchFile};
 
 /// Longest safetensors header that is accepted, in bytes.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -85,12 +89,27 @@ const CONVERT: &str = "convert them first, for example with `save_pretrained(…
 const PICKLED: [&str; 4] = ["bin", "pt", "pth", "ckpt"];
 
 /// What a file that begins so is, where it is one of PyTorch's formats: none has a header length within the limit.
-fn pickled(prefix: &[u8; 8]) -> Option<&'static str> {
+fn pickled_prefix(prefix: &[u8; 8]) -> Option<&'static str> {
     match prefix {
         [b'P', b'K', 3, 4, ..] => Some("a zip archive (pickled weights)"),
         [0x80, 2..=5, ..] => Some("a pickle"),
         _ => None,
     }
+}
+
+/// What a file is, if it is one of PyTorch's formats.
+///
+/// # Errors
+/// Those of reading.
+pub(crate) fn pickled(file: &InputFile) -> Result<Option<&'static str>, ReadError> {
+    let mut prefix = [0; 8];
+    if file.len() < prefix.len() as u64 {
+        return Ok(None);
+    }
+    let mut scratch = Vec::new();
+    prefix.copy_from_slice(file.bytes(0..8, &mut scratch)?);
+    let zip = prefix.starts_with(b"PK\x03\x04");
+    Ok(if zip { Some("a zip archive (pickled tensors)") } else { pickled_prefix(&prefix) })
 }
 
 /// A name from a file as it may appear in a message: control characters and quotes escaped, cut at 200
@@ -198,6 +217,12 @@ pub enum ReadError {
     /// The path holds no checkpoint that can be read.
     #[error("{}: no checkpoint here: {detail}", path.display())]
     NoCheckpoint { path: PathBuf, detail: String },
+    /// A zip archive is not the plain one of stored entries that `torch.save` writes.
+    #[error("{}: malformed archive: {detail}", path.display())]
+    Archive { path: PathBuf, detail: String },
+    /// A pickle is not a dictionary of tensors, or is more than that.
+    #[error("{}: pickle: {detail}", path.display())]
+    Pickle { path: PathBuf, detail: String },
     /// `config.json` is not JSON.
     #[error("{}: malformed JSON", path.display())]
     ModelConfig { path: PathBuf, source: serde_json::Error },

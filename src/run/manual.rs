@@ -25,8 +25,9 @@ pub(super) fn completions(args: &CompletionsArgs) -> Result<ExitCode, Error> {
 }
 
 pub(super) fn man(args: &ManArgs) -> Result<ExitCode, Error> {
-    // `help` has no page of its own.
-    let mut command = Cli::command().disable_help_subcommand(true);
+    // `help` has no page of its own, below no command.
+    let mut command =
+        Cli::command().disable_help_subcommand(true).mut_subcommands(|c| c.disable_help_subcommand(true));
     // Names of subcommands and the flags that all of them share are filled in only now.
     command.build();
     let Some(directory) = &args.directory else {
@@ -38,14 +39,19 @@ pub(super) fn man(args: &ManArgs) -> Result<ExitCode, Error> {
         Error::from(WriteError::Unusable { path: directory.clone(), doing, source })
     };
     fs::create_dir_all(directory).map_err(refuse)?;
-    let shown = command.get_subcommands().filter(|c| !c.is_hide_set());
-    let pages = shown.map(|c| (format!("{NAME}-{}", c.get_name()), c)).chain([(NAME.to_owned(), &command)]);
-    for (name, command) in pages {
+    for (name, command) in pages(NAME, &command) {
         let mut roff = Vec::new();
         page(command, &name, &mut roff).map_err(refuse)?;
         replace_file(directory, &format!("{name}.1"), &roff)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A command's page and those of all commands below it, by name.
+fn pages<'a>(name: &str, command: &'a Command) -> Vec<(String, &'a Command)> {
+    let below = command.get_subcommands().filter(|c| !c.is_hide_set());
+    let below = below.flat_map(|c| pages(&format!("{name}-{}", c.get_name()), c));
+    below.chain([(name.to_owned(), command)]).collect()
 }
 
 /// One page in roff, titled by `name`.

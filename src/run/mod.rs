@@ -10,6 +10,7 @@ mod report;
 mod resources;
 mod resume;
 mod sections;
+mod statistics;
 mod sweep;
 
 use std::io::{self, Write};
@@ -42,6 +43,7 @@ pub fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Diff(args) => diff(&args),
         Command::Materialise(args) => materialise::command(args),
         Command::Verify(args) => verify(&args),
+        Command::Statistics(args) => statistics::command(args),
         Command::Report(args) => report::command(&args),
         Command::Completions(args) => manual::completions(&args),
         Command::Man(args) => manual::man(&args),
@@ -67,7 +69,8 @@ fn plan(args: &PlanArgs) -> Result<ExitCode, Error> {
 }
 
 fn inspect(args: &InspectArgs) -> Result<ExitCode, Error> {
-    let inspection = crate::inspect::inspect(&args.path, args.stats, IoMode::for_path(&args.path))?;
+    let stats = args.stats.then(|| args.max_memory.unwrap_or_else(default_max_memory));
+    let inspection = crate::inspect::inspect(&args.path, stats, IoMode::for_path(&args.path))?;
     for warning in &inspection.warnings {
         tracing::warn!("{warning}");
     }

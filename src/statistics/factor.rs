@@ -74,7 +74,8 @@ impl GramRows {
         if self.packed { i * (i + 1) / 2 + j } else { i * self.side + j }
     }
 
-    fn read<T: Real>(&self, rows: Range<usize>, out: &mut [T]) -> Result<(), StatisticsError> {
+    /// Rows `rows` of the whole matrix.
+    pub(super) fn read<T: Real>(&self, rows: Range<usize>, out: &mut [T]) -> Result<(), StatisticsError> {
         let side = self.side;
         let mut scratch = Vec::new();
         if self.packed {
@@ -119,6 +120,17 @@ impl GramRows {
             }
         }
         Ok(())
+    }
+
+    /// Row `i` up to its diagonal, `i + 1` values, as stored.
+    pub(super) fn read_lower(
+        &self,
+        i: usize,
+        out: &mut [f64],
+        scratch: &mut Vec<u8>,
+    ) -> Result<(), StatisticsError> {
+        let start = self.position(i, 0);
+        self.decode(start..start + i + 1, &mut out[..i + 1], scratch)
     }
 
     fn decode<T: Real>(
@@ -281,7 +293,8 @@ impl FactorRows {
         bad_value(&self.statistics, &self.statistic, (row, column), got, expected)
     }
 
-    fn read<T: Real>(&self, rows: Range<usize>, out: &mut [T]) -> Result<(), StatisticsError> {
+    /// Rows `rows` of `F`.
+    pub(super) fn read<T: Real>(&self, rows: Range<usize>, out: &mut [T]) -> Result<(), StatisticsError> {
         let mut scratch = Vec::new();
         let elements = rows.start * self.columns..rows.end * self.columns;
         decode(
@@ -306,7 +319,7 @@ impl RowSource for FactorRows {
     }
 }
 
-fn bad_value(
+pub(super) fn bad_value(
     statistics: &ModelStatistics,
     statistic: &Statistic,
     (row, column): (usize, usize),
@@ -317,7 +330,8 @@ fn bad_value(
     StatisticsError::BadValue { path, key: statistic.key.clone(), row, column, got, expected }
 }
 
-fn decode<T: Real>(
+/// Values `elements` of a flattened statistic.
+pub(super) fn decode<T: Real>(
     statistics: &ModelStatistics,
     statistic: &Statistic,
     elements: Range<usize>,

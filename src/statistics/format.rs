@@ -14,7 +14,7 @@ use serde::{Serialize, Serializer};
 
 use super::StatisticsError;
 use crate::read::checkpoint::within;
-use crate::read::{Dtype, InputFile, IoMode, ReadError, TensorMeta, escaped, read_header};
+use crate::read::{Dtype, InputFile, IoMode, ReadError, TensorMeta, escaped, pickled, read_header};
 
 /// What `format` in a statistics file's metadata must say.
 pub const FORMAT: &str = "mats-stream-statistics/1";
@@ -201,8 +201,68 @@ struct Alias {
     statistic: Option<usize>,
 }
 
+/// A file of another format as statistics: what its own reader found, under the keys that it gets here.
+pub(super) struct ForeignFile {
+    pub(super) file: InputFile,
+    /// Names are keys, `{parameter}/{kind}`.
+    pub(super) tensors: Vec<TensorMeta>,
+    /// Key and target.
+    pub(super) aliases: Vec<(String, String)>,
+    pub(super) metadata: Vec<(String, String)>,
+    pub(super) warnings: Vec<String>,
+    pub(super) header_bytes: u64,
+}
+
+/// A model's statistics while its files are added.
+#[derive(Default)]
+pub(super) struct Opening {
+    model: ModelStatistics,
+    /// Where each key's statistic is.
+    places: HashMap<String, usize>,
+}
+
+impl Opening {
+    /// Adds a file of this format.
+    pub(super) fn add_file(&mut self, path: &Path, io: IoMode) -> Result<(), StatisticsError> {
+        self.model.add_file(path, io, &mut self.places)
+    }
+
+    /// Adds a file of another one.
+    pub(super) fn add_foreign(&mut self, foreign: ForeignFile) -> Result<(), StatisticsError> {
+        let path = foreign.file.path().to_owned();
+        let model = &mut self.model;
+        let file = model.files.len();
+        model.files.push(foreign.file);
+        model.header_bytes += foreign.header_bytes;
+        model.warnings.extend(foreign.warnings);
+        for tensor in foreign.tensors {
+            model.add_statistic(&path, TensorMeta { file, ..tensor }, &mut self.places)?;
+        }
+        for (key, target) in foreign.aliases {
+            model.add_alias(&path, &key, target)?;
+        }
+        for (key, value) in foreign.metadata {
+            model.add_metadata(&path, key, value);
+        }
+        Ok(())
+    }
+
+    /// Number of files so far.
+    pub(super) fn files(&self) -> usize {
+        self.model.files.len()
+    }
+
+    /// Follows the aliases and checks what only all files together can show.
+    pub(super) fn finish(self) -> Result<ModelStatistics, StatisticsError> {
+        let Self { mut model, places } = self;
+        model.resolve_aliases(&places)?;
+        model.check_unambiguous()?;
+        Ok(model)
+    }
+}
+
 /// All statistics of one model, from one or several files.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct ModelStatistics {
     files: Vec<InputFile>,
     /// In the order of files and offsets.
@@ -221,26 +281,21 @@ impl ModelStatistics {
     /// # Errors Everything that can be wrong with the files, their headers, keys, shapes and aliases, each
     /// naming file and key.
     pub fn open(paths: &[PathBuf], io: IoMode) -> Result<Self, StatisticsError> {
-        let mut model = Self {
-            files: Vec::new(),
-            statistics: Vec::new(),
-            by_parameter: BTreeMap::new(),
-            aliases: BTreeMap::new(),
-            metadata: BTreeMap::new(),
-            warnings: Vec::new(),
-            header_bytes: 0,
-        };
-        let mut places = HashMap::new();
+        let mut opening = Opening::default();
         for path in paths {
-            model.add_file(path, io, &mut places)?;
+            opening.add_file(path, io)?;
         }
-        model.resolve_aliases(&places)?;
-        for (parameter, kinds) in &model.by_parameter {
+        opening.finish()
+    }
+
+    /// Refuses a parameter that has a Gram and a factor of it.
+    fn check_unambiguous(&self) -> Result<(), StatisticsError> {
+        for (parameter, kinds) in &self.by_parameter {
             for (gram, factor) in
                 [(Kind::InputGram, Kind::InputFactor), (Kind::OutputGram, Kind::OutputFactor)]
             {
                 if let (Some(_), Some(at)) = (kinds[gram as usize], kinds[factor as usize]) {
-                    let path = model.path_of(&model.statistics[at as usize]).to_owned();
+                    let path = self.path_of(&self.statistics[at as usize]).to_owned();
                     return Err(StatisticsError::Ambiguous {
                         path,
                         parameter: parameter.clone(),
@@ -250,7 +305,7 @@ impl ModelStatistics {
                 }
             }
         }
-        Ok(model)
+        Ok(())
     }
 
     /// Adds one file's keys and notes its aliases. `places`: where each key's statistic is.
@@ -261,6 +316,9 @@ impl ModelStatistics {
         places: &mut HashMap<String, usize>,
     ) -> Result<(), StatisticsError> {
         let file = InputFile::open(path, io)?;
+        if let Some(what) = pickled(&file)? {
+            return Err(StatisticsError::Pickled { path: path.to_owned(), what });
+        }
         let mut header = read_header(&file, self.files.len())?;
         let found = header.metadata.remove(FORMAT_KEY);
         if found.as_deref() != Some(FORMAT) {

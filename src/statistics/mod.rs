@@ -1,7 +1,7 @@
 //! Statistics of one model: which are there, where their bytes lie, what shape they have.
 //!
 //! The planner opens a [`ModelStatistics`] for each model that has statistics files; the engine reads Grams, factors
-//! and diagonals from it by ranges and hands them to the operators. Keys, aliases, shapes and dtypes are checked here,
+//! and diagonals from it by ranges and hands them to the operators; [`mod@convert`] writes them in another form. Keys, aliases, shapes and dtypes are checked here,
 //! from headers alone. Values are not: NaN, infinities and negative diagonals are found where they are decoded. Nothing
 //! here computes a statistic or merges anything.
 
@@ -11,6 +11,7 @@ use thiserror::Error;
 
 use crate::read::{Dtype, ExitClass, ReadError, escaped};
 
+pub mod convert;
 pub mod factor;
 pub mod format;
 
@@ -29,6 +30,10 @@ pub enum StatisticsError {
     #[error("{}: not a statistics file (got format {}, expected `{FORMAT}`)", path.display(),
             found.as_ref().map_or_else(|| "none".to_owned(), |found| format!("`{}`", escaped(found))))]
     Format { path: PathBuf, found: Option<String> },
+    /// The file is one of PyTorch's.
+    #[error("{}: not a statistics file (got {what}, expected safetensors); `mats-stream statistics convert` reads \
+             those of other tools", path.display())]
+    Pickled { path: PathBuf, what: &'static str },
     /// A key is not `{parameter}/{kind}`.
     #[error("{}: key `{}` (got no parameter and kind, expected `PARAMETER/KIND`)", path.display(), escaped(key))]
     KeySyntax { path: PathBuf, key: String },

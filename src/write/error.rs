@@ -105,6 +105,18 @@ pub enum WriteError {
         what: String,
     },
 
+    /// The output file's name is taken.
+    #[error(
+        "{}: is {found} already (expected a name that is free); choose another one, or remove it",
+        EscapedPath(path)
+    )]
+    Exists {
+        /// The output file.
+        path: PathBuf,
+        /// What is there.
+        found: &'static str,
+    },
+
     /// The output would lie over an input.
     #[error(
         "{}: the output directory {relation} the input {} (expected a place apart from every input)",
@@ -270,6 +282,7 @@ impl WriteError {
             | Self::NotEmpty { .. }
             | Self::Unfinished { .. }
             | Self::OtherRun { .. }
+            | Self::Exists { .. }
             | Self::OverInput { .. }
             | Self::Unusable { .. }
             | Self::SideFileTooLarge { .. }

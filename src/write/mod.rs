@@ -10,6 +10,8 @@
 //! 2. the index: every shard has its final name;
 //! 3. `merge_report.json`: the directory is complete.
 //!
+//! A single file that is no checkpoint goes through a [`NewFile`], under the same rule.
+//!
 //! A sweep's checkpoints go through a [`SweepDir`]: each in its own directory, all renamed at the end.
 //!
 //! Output is never mapped into memory: a full disk has to be an error, not a signal. Nothing here
@@ -19,6 +21,7 @@ pub mod checksum;
 mod error;
 pub(crate) mod fault;
 pub mod journal;
+mod new_file;
 mod output_dir;
 mod replace;
 mod shard;
@@ -27,6 +30,7 @@ mod sweep_dir;
 
 pub use checksum::Checksum;
 pub use error::{ExitClass, OverInput, WriteError};
+pub use new_file::NewFile;
 pub use output_dir::OutputDir;
 pub use replace::replace_file;
 pub use shard::{CheckpointWriter, WrittenCheckpoint, WrittenFile};

@@ -40,7 +40,7 @@ pub fn replace_file(directory: &Path, name: &str, bytes: &[u8]) -> Result<PathBu
 }
 
 /// A new file of a name that no other process uses, so that two at work do not meet.
-fn create(directory: &Path, name: &str) -> Result<(PathBuf, fs::File), WriteError> {
+pub(super) fn create(directory: &Path, name: &str) -> Result<(PathBuf, fs::File), WriteError> {
     let mut attempt = 0;
     loop {
         let own = format!("{TEMPORARY_PREFIX}{name}-{}-{attempt}{TEMPORARY_SUFFIX}", std::process::id());

@@ -625,7 +625,7 @@ impl Drop for CheckpointWriter {
 
 /// Reserves the file's blocks, so that a full disk shows now. File systems that cannot are written to as
 /// they are. `left` is what this and the following shards need.
-fn reserve(path: &Path, file: &File, bytes: u64, left: u64) -> Result<(), WriteError> {
+pub(super) fn reserve(path: &Path, file: &File, bytes: u64, left: u64) -> Result<(), WriteError> {
     loop {
         match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, bytes) {
             Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(()),

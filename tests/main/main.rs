@@ -13,5 +13,6 @@ mod hostile;
 mod outputs;
 mod report;
 mod sections;
+mod statistics;
 mod tokenizers;
 mod util;

@@ -223,12 +223,16 @@ fn man_pages_for_all_commands() {
         .map(|e| e.expect("list").file_name().into_string().expect("plain names"))
         .collect();
     pages.sort();
-    assert!(!pages.contains(&"mats-stream-help.1".to_owned()), "{pages:?}");
-    // What the main page refers to is there, and nothing else.
+    assert!(!pages.iter().any(|page| page.ends_with("-help.1")), "{pages:?}");
+    // What the page above refers to is there, and nothing else.
     for page in pages.iter().filter(|page| *page != "mats-stream.1") {
-        let name = page.strip_suffix(".1").expect("section 1").replace('-', "\\-");
-        assert!(main.stdout.contains(&format!("{name}(1)")), "{page}: {}", main.stdout);
+        let name = page.strip_suffix(".1").expect("section 1");
+        let above = name.rsplit_once('-').map(|(above, _)| above).expect("below the program's");
+        let above = fs::read_to_string(scratch.join(format!("share/man1/{above}.1"))).expect(page);
+        let name = name.replace('-', "\\-");
+        assert!(above.contains(&format!("{name}(1)")), "{page}: {above}");
     }
+    assert!(pages.contains(&"mats-stream-statistics-convert.1".to_owned()), "{pages:?}");
     for command in ["merge", "plan", "inspect", "diff", "report", "completions", "man"] {
         let text =
             fs::read_to_string(scratch.join(format!("share/man1/mats-stream-{command}.1"))).expect(command);
