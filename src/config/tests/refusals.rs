@@ -49,12 +49,12 @@ fn refusals() {
         ),
         (
             linear("parameters: {wieght: 1}"),
-            "3: parameters.wieght: unknown key (expected one of weight, normalize); did you \
+            "3: parameters.wieght: unknown key (expected one of weight, normalize, space); did you \
              mean `weight`?",
         ),
         (
             linear("parameters: {lambda: 1}"),
-            "3: parameters.lambda: unknown key (expected one of weight, normalize)",
+            "3: parameters.lambda: unknown key (expected one of weight, normalize, space)",
         ),
         (
             "merge_method: linear\nmodels: [{modle: a}]".into(),
