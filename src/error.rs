@@ -69,17 +69,14 @@ pub enum Error {
     },
     /// A signal ended the run.
     #[error(
-        "interrupted by signal {signal}; nothing was published{}",
-        out.as_ref().map_or_else(String::new, |out| format!(
-            ": `--resume` with the same command continues in {}",
-            crate::report::units::EscapedPath(out)
-        ))
+        "interrupted by signal {signal}; nothing was published: `--resume` with the same command continues in {}",
+        crate::report::units::EscapedPath(out)
     )]
     Interrupted {
         /// Its number.
         signal: i32,
-        /// The output directory, if it can be continued.
-        out: Option<std::path::PathBuf>,
+        /// The output directory.
+        out: std::path::PathBuf,
     },
 }
 

@@ -10,7 +10,7 @@
 //! 2. the index: every shard has its final name;
 //! 3. `merge_report.json`: the directory is complete.
 //!
-//! A sweep's checkpoints go through a [`SweepDir`]: each in its own directory, all renamed at the end.
+//! Solves that take long keep their states beside the journal (`snapshot`). A sweep's checkpoints go through a [`SweepDir`]: each in its own directory, all renamed at the end.
 //!
 //! Output is never mapped into memory: a full disk has to be an error, not a signal. Nothing here
 //! computes, encodes a dtype or decides a layout.
@@ -23,12 +23,14 @@ mod output_dir;
 mod replace;
 mod shard;
 mod side;
+mod snapshot;
 mod sweep_dir;
 
 pub use checksum::Checksum;
 pub use error::{ExitClass, OverInput, WriteError};
 pub use output_dir::OutputDir;
 pub use replace::replace_file;
-pub use shard::{CheckpointWriter, WrittenCheckpoint, WrittenFile};
+pub use shard::{CheckpointWriter, Share, WrittenCheckpoint, WrittenFile};
 pub use side::{SideContent, SideFile, copy_side_files, patch_config, torch_dtype_name};
+pub use snapshot::SolvePlace;
 pub use sweep_dir::SweepDir;
