@@ -2,8 +2,8 @@
 //! belongs, and what is accepted is right.
 //!
 //! A plain test with fixed seeds: a few hundred inputs each by default, or as many as fit into `FUZZ_SECONDS` each from the
-//! seed `FUZZ_SEED`. The input at work lies in `target/fuzz/NAME`, so that one that ends the process is not lost. Mutations
-//! know what they work on: JSON tokens, numbers, lengths. Findings become files in `fixtures/hostile/`.
+//! seed `FUZZ_SEED`. The input at work lies in `target/fuzz/NAME-PROCESS`, so that one that ends the process is not lost.
+//! Mutations know what they work on: JSON tokens, numbers, lengths. Findings become files in `fixtures/hostile/`.
 //!
 //! `FUZZ_SECONDS=600 cargo test --release --test fuzz header -- --nocapture`
 
@@ -15,12 +15,13 @@ use std::time::{Duration, Instant};
 
 use mats_stream::config::MergeConfig;
 use mats_stream::plan::Limits;
+use mats_stream::plan::shards::{OutputLayout, TensorSpec};
 use mats_stream::read::{Checkpoint, InputFile, IoMode, TorchFile, read_header};
 use mats_stream::report::ProgressMode;
 use mats_stream::run::{MergeOptions, merge};
 use mats_stream::statistics::ModelStatistics;
 use mats_stream::verify::verify;
-use mats_stream::write::journal;
+use mats_stream::write::{CheckpointWriter, OutputDir, journal};
 
 /// SplitMix64.
 struct Random(u64);
@@ -142,7 +143,8 @@ fn mutate_header(file: &[u8], others: &[Vec<u8>], random: &mut Random) -> Vec<u8
 fn fuzz(name: &str, iterations: u64, mut one: impl FnMut(&mut Random, &Path) -> bool) {
     let seconds = std::env::var("FUZZ_SECONDS").ok().and_then(|text| text.parse().ok());
     let seed: u64 = std::env::var("FUZZ_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/fuzz").join(name);
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/fuzz");
+    let directory = directory.join(format!("{name}-{}", std::process::id()));
     let _ = fs::remove_dir_all(&directory);
     fs::create_dir_all(&directory).expect("create a directory");
     let started = Instant::now();
@@ -415,6 +417,33 @@ fn a_journal() {
         assert_eq!(replay.records[..], whole.records[..replay.records.len()]);
         assert!(replay.key.is_none() || replay.key == whole.key);
         replay.records.len() == whole.records.len()
+    });
+}
+
+#[test]
+fn a_solve_state() {
+    let spec = TensorSpec { name: "w".into(), dtype: "U8".into(), shape: vec![4], bytes: 4 };
+    let layout = std::sync::Arc::new(OutputLayout::new(vec![spec], 100).expect("one tensor"));
+    let out = tempfile::tempdir().expect("a temporary directory");
+    let claimed = OutputDir::claim(&out.path().join("out"), &[]).expect("a new directory");
+    let mut writer = CheckpointWriter::create(claimed, layout).expect("a new directory");
+    writer.keep_solves(7, 0);
+    let place = writer.solve_place(0, "w").expect("states are kept");
+    let vectors = [[1u8; 24], [2; 24], [3; 24]];
+    place.write(5, &[1, 2, 3], vectors.each_ref().map(|v| &v[..])).expect("written");
+    let path = writer.path().join(".mats-stream-solve-0-0000000000000005.partial");
+    let corpus = [fs::read(&path).expect("there")];
+    fuzz("a_solve_state", 3000, |random, directory| {
+        let input = mutate(&corpus[0], &corpus, random);
+        fs::write(directory.join("input"), &input).expect("write a file");
+        fs::write(&path, &input).expect("write a file");
+        let mut got = [[0u8; 24]; 3];
+        let found =
+            place.read(5, 1 << 20, got.each_mut().map(|v| &mut v[..]), &|_| true).expect("it can be read");
+        // Whole as it was written, or not at all.
+        assert_eq!(found.is_some(), input == corpus[0]);
+        assert_eq!(got, if found.is_some() { vectors } else { [[0; 24]; 3] });
+        found.is_some()
     });
 }
 

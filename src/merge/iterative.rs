@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::diagonal::DiagonalSystem;
 use super::direct::read_difference;
 use super::kfac::{kronecker_kind, power_of_two_scale, solve_kfac};
+use super::snapshots::Keeper;
 use super::terms::gram_factor;
 use super::{GramKind, Inputs, Iteration, MergeError, Solve, SolveModel, SolverChoice, Tally};
 use crate::config::PreconditionerKind;
@@ -22,8 +23,9 @@ use crate::precond::{
 use crate::report::{SetupReport, StepReport};
 use crate::solve::{
     Any, Cancelled, CgVectors, IterationRecord, MaxIterations, ObjectiveDecrease, PreconditionedResidual,
-    RelativeResidual, SolveStart, Stagnation, StopReason, TimeLimit, conjugate_gradients,
+    RelativeResidual, SolveStart, Stagnation, StopReason, TimeLimit, conjugate_gradients_from,
 };
+use crate::write::SolvePlace;
 
 /// What the memory plan settled for one iterative solve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -204,6 +206,8 @@ pub struct BlockContext<'a> {
     pub watch: Option<&'a Watch<'a>>,
     /// Sees every piece that a start's method merges, before it is merged.
     pub piece: Option<&'a SeePiece<'a>>,
+    /// Where states of its solves are kept, if they take long.
+    pub snapshots: Option<SolvePlace<'a>>,
 }
 
 /// Takes a piece of a method's merge, from many threads.
@@ -582,13 +586,17 @@ fn run(
     let vectors = CgVectors { d, r, p: &mut p, q: &mut q, z: &mut z };
     let mut history = Vec::new();
     let started = Instant::now();
-    let outcome = conjugate_gradients(
+    // What was handed on to a watcher would be handed on again.
+    let place = context.snapshots.filter(|_| context.watch.is_none());
+    let mut keeper = place.map(|place| Keeper::new(place, iteration.max_iterations));
+    let outcome = conjugate_gradients_from(
         &damped,
         preconditioner,
         vectors,
         &solve_start,
         &mut rule,
         workspace,
+        keeper.as_mut().map(|keeper| keeper as _),
         &mut |step, d| {
             if let Some(watch) = context.watch {
                 watch(step, d);
@@ -600,7 +608,8 @@ fn run(
             (context.observe)(step);
         },
     )?;
-    let solve_seconds = Some(started.elapsed().as_secs_f64());
+    let before = keeper.map_or(Duration::ZERO, |keeper| keeper.before);
+    let solve_seconds = Some((before + started.elapsed()).as_secs_f64());
     if outcome.stop == StopReason::Cancelled {
         return Err(MergeError::Cancelled);
     }

@@ -3,7 +3,7 @@
 //! `resolve` turns a config's rounds into a [`Recipe`] for one tensor from headers alone; `block` carries a recipe out:
 //! `elementwise` makes starting points, averages and the merges that need a few quantities of each tensor, `direct` solves
 //! what has a closed form by rows, `iterative` runs conjugate gradients on a whole block, with `kfac` making the K-FAC
-//! system and its preconditioner, `refined` does so past f32, and `two_term` solves two-model K-FAC exactly; `sweep`
+//! system and its preconditioner and `snapshots` keeping the states of long ones, `refined` does so past f32, and `two_term` solves two-model K-FAC exactly; `sweep`
 //! carries several recipes out that differ in their last step. `plan` calls `resolve`, `stream` calls `block` and `sweep`.
 //! Nothing here decides what runs when, or writes a file.
 
@@ -18,6 +18,7 @@ mod pieces;
 mod recipe;
 mod refined;
 mod resolve;
+mod snapshots;
 pub mod sweep;
 mod terms;
 mod two_term;
@@ -32,6 +33,7 @@ pub use recipe::{GramKind, Iteration, Recipe, Solve, SolveModel, SolverChoice, S
 pub(crate) use refined::memory_bytes as refined_bytes;
 pub use resolve::{LayerPosition, Resolution, resolve};
 pub(crate) use resolve::{gram_key, input_factors_key, statistics_keys};
+pub(crate) use snapshots::{disk_bytes as snapshot_disk_bytes, step_bytes};
 pub use two_term::memory_bytes as two_term_bytes;
 
 use crate::operator::OperatorError;

@@ -9,18 +9,21 @@ use crate::merge::block::{Stage, Strategy, is_elementwise};
 use crate::merge::{DirectMemory, IterativeMemory, refined_bytes, two_term_bytes};
 use crate::merge::{
     GramKind, Inputs, Iteration, Recipe, SHARED_PIECE_BYTES, Solve, SolveModel, SolverChoice, Start, System,
-    elementwise, kronecker_kind, rotates,
+    elementwise, kronecker_kind, rotates, step_bytes,
 };
 use crate::operator::BlockShape;
 use crate::plan::{Action, BlockPlan, MergePlan};
 use crate::precond::{KroneckerKind, cost};
 use crate::report::StepReport;
 use crate::statistics::{Form, Kind};
+use crate::write::checksum;
 
 /// One output buffer: encoded values on their way to the writer.
 pub const OUT_BUFFER_BYTES: usize = 512 << 10;
 /// Scratch of one worker: pieces of elementwise work, decode buffers, packed panels of a matrix product, its stack.
 const WORKER_BYTES: u64 = 6 << 20;
+/// What the writer holds of pieces of 64 KiB that have been written in part, to hash them whole.
+const HASHING_BYTES: u64 = checksum::PARTIAL_BYTES;
 /// Heap that comes and goes: names, reports, channels, the allocator's slack.
 const SLACK_BYTES: u64 = 8 << 20;
 
@@ -31,7 +34,8 @@ pub fn out_buffers(threads: usize) -> usize {
 
 /// Memory that is not a block's: `metadata` is what the process holds once all headers are open.
 pub fn overhead_bytes(threads: usize, metadata: u64) -> u64 {
-    metadata + SLACK_BYTES + threads as u64 * WORKER_BYTES + (out_buffers(threads) * OUT_BUFFER_BYTES) as u64
+    let buffers = (out_buffers(threads) * OUT_BUFFER_BYTES) as u64;
+    metadata + SLACK_BYTES + HASHING_BYTES + threads as u64 * WORKER_BYTES + buffers
 }
 
 /// How one block runs, and what it holds at its peak.
@@ -49,7 +53,7 @@ struct Candidate {
 }
 
 /// What a sweep of `variants` models holds beside what one merge does: a worker's shared piece, and for each further model
-/// its plan, writer and report.
+/// its plan, writer and report, and what its writer holds to hash the tensors in flight.
 pub fn sweep_bytes(plan: &MergePlan, variants: usize) -> u64 {
     /// Names, places and figures of one block in plan, writer and report.
     const BLOCK_BYTES: u64 = 2 << 10;
@@ -70,8 +74,14 @@ pub fn sweep_bytes(plan: &MergePlan, variants: usize) -> u64 {
             .sum();
         BLOCK_BYTES + (models * size_of::<SolveModel>()) as u64 + steps as u64 * STEP_BYTES
     };
-    let model: u64 = WRITER_BYTES + plan.blocks.iter().map(of_block).sum::<u64>();
-    model * variants.saturating_sub(1) as u64 + (plan.limits.threads * SHARED_PIECE_BYTES) as u64
+    let mut hashed: Vec<u64> = plan.blocks.iter().map(|b| checksum::held_bytes(b.write_bytes)).collect();
+    hashed.sort_unstable_by(|a, b| b.cmp(a));
+    let hashed: u64 = hashed.iter().take(2 * plan.limits.threads).sum();
+    let model: u64 = WRITER_BYTES + hashed + plan.blocks.iter().map(of_block).sum::<u64>();
+    let pieces = checksum::partial_bytes_of(variants).saturating_mul(variants as u64);
+    model * variants.saturating_sub(1) as u64
+        + pieces.saturating_sub(checksum::PARTIAL_BYTES)
+        + (plan.limits.threads * SHARED_PIECE_BYTES) as u64
 }
 
 /// The most generous way to run `recipe` in `available` bytes; `Err` holds the least that would do. A `variant` of a
@@ -217,7 +227,8 @@ fn stage_bytes(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, 
             let making = 2 * whole + preconditioner.making;
             let iterating = preconditioner.vectors * whole;
             let refined = if matches!(stage, Stage::Refined(_)) { refined_bytes(shape) } else { 0 };
-            system * 4 + preconditioner.sides + making.max(iterating) + refined
+            let steps = step_bytes(iteration.max_iterations);
+            system * 4 + preconditioner.sides + making.max(iterating) + refined + steps
         }
     }
 }

@@ -23,16 +23,21 @@ use crate::merge::block::{Stage, Strategy};
 use crate::merge::elementwise::{self, MethodStart, TaskMasks};
 use crate::merge::{
     Inputs, Iteration, LayerPosition, MergeError, Recipe, Solve, SolverChoice, SourceId, Start, System,
-    apply_flops, gram_key, input_factors_key, kronecker_kind, resolve, rotates, statistics_keys,
+    apply_flops, gram_key, input_factors_key, kronecker_kind, resolve, rotates, snapshot_disk_bytes,
+    statistics_keys,
 };
 use crate::operator::BlockShape;
 use crate::precond::{KroneckerKind, cost};
 use crate::read::{Dtype, TensorMeta};
 use crate::report::units::Bytes;
+use crate::write::checksum;
 
 pub use sweep::SweepPlan;
 pub use task::TaskSources;
 
+/// Blocks with more flops than this may take so long that states of their solves are kept: ten seconds of a machine that
+/// sustains 100 GFLOP/s.
+const LONG_FLOPS: f64 = 1e12;
 /// Blocks with more flops than this run alone with parallel kernels, smaller ones side by side.
 const LARGE_FLOPS: f64 = 1e9;
 /// Elementwise blocks with more elements than this are cut into tiles that run side by side.
@@ -179,6 +184,28 @@ impl BlockPlan {
         self.masks.into_iter().flat_map(|masks| std::iter::once(masks.mask).chain(masks.norms))
     }
 
+    /// Whether states of its solves are kept while it runs, so that a run that ends early goes on in the middle of them.
+    pub fn is_long(&self) -> bool {
+        self.flops >= LONG_FLOPS || crate::write::fault::named("solve.often")
+    }
+
+    /// Bytes of disk that these states take at most.
+    pub fn snapshot_bytes(&self) -> u64 {
+        let Action::Merge { recipe, strategy: Strategy::Stages(stages) } = &self.action else { return 0 };
+        if !self.is_long() {
+            return 0;
+        }
+        let solves =
+            recipe.solves.iter().zip(stages).filter(|(_, stage)| matches!(stage, Stage::Iterative(_)));
+        let bytes = solves.map(|(solve, _)| match solve.solver {
+            SolverChoice::Iterative(iteration) => {
+                snapshot_disk_bytes(self.block.elements(), iteration.max_iterations)
+            }
+            SolverChoice::Direct => 0,
+        });
+        bytes.sum()
+    }
+
     /// Whether its start is a method with passes of its own.
     pub fn has_passes(&self) -> bool {
         matches!(&self.action, Action::Merge { recipe, .. } if matches!(recipe.start, Start::Method(_)))
@@ -217,6 +244,8 @@ pub struct MergePlan {
     pub least_memory_bytes: u64,
     /// The resources it was made for.
     pub limits: Limits,
+    /// One of a sweep's.
+    pub variant: bool,
 }
 
 impl MergePlan {
@@ -274,7 +303,8 @@ impl MergePlan {
         for source in &inputs.checkpoints {
             warnings.extend(source.warnings().cloned());
         }
-        let Whole { mut blocks, left_out, worst: (worst_bytes, worst), model_pass_bytes, .. } = whole;
+        let Whole { mut blocks, left_out, worst: (worst_bytes, worst), model_pass_bytes, variant, .. } =
+            whole;
         for (name, reason) in &left_out {
             warnings.push(format!("tensor `{}` is left out: {reason}", crate::read::escaped(name)));
         }
@@ -311,6 +341,7 @@ impl MergePlan {
             model_pass_bytes,
             least_memory_bytes,
             limits,
+            variant,
         })
     }
 
@@ -340,6 +371,17 @@ impl MergePlan {
     /// Tensor bytes of the output, a side file's included.
     pub fn write_bytes(&self) -> u64 {
         self.blocks.iter().map(BlockPlan::output_bytes).sum()
+    }
+
+    /// Bytes of disk that states of long solves take beside the output: of the block at work, and of the one before, which
+    /// may not be in the journal yet. A sweep keeps none.
+    pub fn snapshot_bytes(&self) -> u64 {
+        if self.variant {
+            return 0;
+        }
+        let mut bytes: Vec<u64> = self.blocks.iter().map(BlockPlan::snapshot_bytes).collect();
+        bytes.sort_unstable_by(|a, b| b.cmp(a));
+        bytes.iter().take(2).sum()
     }
 
     /// Upper bound of the floating point operations.
@@ -491,7 +533,7 @@ impl Whole {
                 dtype: meta.dtype,
                 action,
                 unmatched: None,
-                memory_bytes: view.held_bytes(meta),
+                memory_bytes: view.held_bytes(meta) + checksum::held_bytes(meta.bytes),
                 read_bytes: view.read_bytes(meta),
                 passes: 1,
                 write_bytes: meta.bytes,
@@ -560,7 +602,7 @@ impl Planner<'_> {
             dtype: meta.dtype,
             action: Action::Copy { source, reason },
             unmatched: None,
-            memory_bytes: 0,
+            memory_bytes: checksum::held_bytes(meta.bytes),
             read_bytes: meta.bytes,
             passes: 1,
             write_bytes: meta.bytes,
@@ -608,7 +650,7 @@ impl Planner<'_> {
         plan.masks = self.masks(meta, &recipe)?;
         let kept = plan.masks.map_or(0, |masks| masks.memory_bytes(meta.elements(), workers));
         // Factors of adapters, mean rows: held from the first value read to the last.
-        let held = self.held_bytes(meta, &recipe) + kept;
+        let held = self.held_bytes(meta, &recipe) + checksum::held_bytes(plan.write_bytes) + kept;
         let available = self.available.saturating_sub(held);
         let fit = |available| {
             budget::fit(inputs, &meta.name, &recipe, plan.block, workers, available, self.variant)

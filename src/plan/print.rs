@@ -97,6 +97,7 @@ impl MergePlan {
             "shards": self.layout.shards().iter().map(|s| json!({"name": s.file_name, "bytes": s.file_bytes})).collect::<Vec<_>>(),
             "bytes_read": self.read_bytes(),
             "bytes_written": self.write_bytes(),
+            "bytes_of_solve_states": self.snapshot_bytes(),
             "flops": self.flops(),
             "peak_memory_bytes": self.peak_memory_bytes(),
             "overhead_memory_bytes": self.overhead_bytes,
@@ -166,6 +167,13 @@ impl MergePlan {
         writeln!(out, "blocks   {} in {} units", self.blocks.len(), self.units.len())?;
         writeln!(out, "reads    {}", Bytes(self.read_bytes()))?;
         writeln!(out, "writes   {} in {} files", Bytes(self.write_bytes()), self.layout.shards().len())?;
+        if self.snapshot_bytes() > 0 {
+            let bytes = Bytes(self.snapshot_bytes());
+            writeln!(
+                out,
+                "keeps    {bytes} more on disk at most while it runs, to continue long solves from"
+            )?;
+        }
         writeln!(out, "flops    {} at most", Flops(self.flops()))?;
         writeln!(
             out,

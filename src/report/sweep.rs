@@ -1,7 +1,11 @@
 //! `sweep.json`: what a sweep made and how each model came out, written last into the directory of its models.
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+use super::json::{ReportError, read_record};
 
 /// The record's name in the output directory of a sweep; a directory that has it is complete.
 pub const FILE_NAME: &str = "sweep.json";
@@ -13,6 +17,9 @@ pub struct SweepReport {
     pub version: String,
     /// Hash of the canonical config, `sweep` included.
     pub config_hash: String,
+    /// As in [`super::RunReport::run_hash`], of the sweep.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run_hash: Option<String>,
     /// The whole run, in seconds.
     pub wall_seconds: f64,
     /// Bytes read from the inputs for all models together.
@@ -52,6 +59,17 @@ pub struct SweepRun {
 }
 
 impl SweepReport {
+    /// Reads [`FILE_NAME`] from a sweep's directory.
+    ///
+    /// # Errors
+    /// [`ReportError`], naming the file.
+    pub fn read(directory: &Path) -> Result<Self, ReportError> {
+        let path = directory.join(FILE_NAME);
+        let bytes = read_record(&path)?;
+        serde_json::from_slice(&bytes)
+            .map_err(|source| ReportError::MalformedSweep { path, source: Some(source) })
+    }
+
     /// The record as indented JSON with a final newline.
     pub fn to_json(&self) -> Vec<u8> {
         let mut bytes =

@@ -91,7 +91,7 @@ pub fn materialise(
         [directory.to_owned(), base.path.clone()].into_iter().chain(base.adapter.clone()).collect();
     if let Some(report) = check_output(out, &paths, &config_hash, options)? {
         OutputDir::tidy(out);
-        return Ok(MergeSummary::already(report));
+        return Ok(MergeSummary::already(None, report));
     }
 
     let (inputs, sources) = open(directory, masks, task, &base, record, options)?;

@@ -20,7 +20,7 @@ use crate::plan::{Limits, MergePlan};
 use crate::read::IoMode;
 use crate::report::{Progress, ProgressMode, RunReport, Sampling};
 use crate::stream::{self, BlockReport};
-use crate::write::{CheckpointWriter, OutputDir, SideFile};
+use crate::write::{CheckpointWriter, OutputDir, Share, SideFile};
 
 /// How to merge: the flags, for callers of the library.
 #[derive(Debug, Clone)]
@@ -54,10 +54,10 @@ pub struct MergeSummary {
 
 impl MergeSummary {
     /// Of a directory that is complete.
-    pub(super) fn already(report: RunReport) -> Self {
+    pub(super) fn already(name: Option<String>, report: RunReport) -> Self {
         let unconverged = report.parameters.iter().filter(|(_, p)| p.converged == Some(false));
         let unconverged = unconverged.map(|(name, _)| name.clone()).collect();
-        Self { name: None, report, unconverged, already: true }
+        Self { name, report, unconverged, already: true }
     }
 }
 
@@ -116,17 +116,16 @@ pub(super) fn command(args: MergeArgs) -> Result<ExitCode, Error> {
         Some(_) => sweep_config(&config, &out, &options, &signals.cancel).map(|summary| summary.models),
         None => merge_config(&config, &out, &options, &signals.cancel).map(|summary| vec![summary]),
     };
-    let resumable = config.sweep.is_none().then_some(&*out);
-    let summaries = merged.map_err(|error| match (&error, signals.interrupted(resumable)) {
+    let summaries = merged.map_err(|error| match (&error, signals.interrupted(Some(&out))) {
         (Error::Merge(MergeError::Cancelled), Some(interrupted)) => interrupted,
         _ => error,
     })?;
     let mut code = ExitCode::SUCCESS;
+    if summaries.iter().all(|summary| summary.already) {
+        let out = crate::report::units::EscapedPath(&out).to_string();
+        let _ = writeln!(std::io::stderr(), "mats-stream: {out}: this merge is complete; nothing to do");
+    }
     for summary in &summaries {
-        if summary.already {
-            let out = crate::report::units::EscapedPath(&out).to_string();
-            let _ = writeln!(std::io::stderr(), "mats-stream: {out}: this merge is complete; nothing to do");
-        }
         let of = summary.name.as_ref().map_or_else(String::new, |name| format!("{name}: "));
         for (name, record) in &summary.report.parameters {
             if let Some(reason @ ("not_finite" | "not_positive_definite")) = record.stop_reason.as_deref() {
@@ -200,7 +199,7 @@ pub fn merge_config(
             resume::check_finished(out, &report, &config_hash, Some(&key))?;
         }
         OutputDir::tidy(out);
-        return Ok(MergeSummary::already(report));
+        return Ok(MergeSummary::already(None, report));
     }
     let mut inputs = opened?;
     inputs.set_seed(options.seed);
@@ -264,7 +263,10 @@ pub(super) fn carry_out(
     let key = resume::key(config_hash.clone(), options, &inputs)?;
     let side = record::side_files(config, &plan, &inputs)?;
     let own = |name: &str| side.iter().any(|file| file.name == name) || plan.layout.owns(name);
-    let (writer, before) = resume::open(out, &paths, &own, options.resume, &plan, key.clone())?;
+    let (mut writer, before) =
+        resume::open(out, &paths, &own, options.resume, &plan, key.clone(), Share::of(1))?;
+    writer.reserve_side_files(side.iter().map(SideFile::bytes).sum())?;
+    writer.keep_solves(resume::run_number(&key), plan.snapshot_bytes());
     if before.len() > 0 {
         tracing::info!("{} of {} tensors are there already", before.len(), plan.blocks.len());
     }
@@ -273,13 +275,15 @@ pub(super) fn carry_out(
         (plan.blocks.len() - before.len()) as u64,
         plan.read_bytes() + plan.write_bytes() - before.bytes(&plan),
     );
-    let blocks = stream_and_commit(&plan, &inputs, &writer, &progress, cancel)
-        .map_err(|error| changed_input(error, &inputs))
+    let (plans, writers) = (std::slice::from_ref(&plan), std::slice::from_ref(&writer));
+    let blocks = stream_and_commit(plans, &inputs, writers, &progress, cancel)
         .inspect_err(|error| {
             if resume::resumable(error) {
                 writer.keep_unfinished();
             }
-        })?;
+        })?
+        .pop()
+        .unwrap_or_default();
     progress.finish();
     for file in record::input_files(&inputs) {
         file.check_unchanged()?;
@@ -311,40 +315,44 @@ fn changed_input(error: Error, inputs: &Inputs) -> Error {
     record::input_files(inputs).find_map(|file| file.check_unchanged().err()).map_or(error, Error::from)
 }
 
-/// Runs the plan while a thread of its own makes finished tensors durable.
-fn stream_and_commit(
-    plan: &MergePlan,
+/// Runs the plans, one a writer, while a thread of its own makes finished tensors durable.
+///
+/// # Errors
+/// What made a block fail, or that an input changed.
+pub(super) fn stream_and_commit(
+    plans: &[MergePlan],
     inputs: &Arc<Inputs>,
-    writer: &CheckpointWriter,
+    writers: &[CheckpointWriter],
     progress: &Progress,
     cancel: &AtomicBool,
-) -> Result<Vec<BlockReport>, Error> {
-    let committer = Committer::new(writer);
-    let finished = |block: &BlockReport| {
-        let planned = &plan.blocks[block.block];
+) -> Result<Vec<Vec<BlockReport>>, Error> {
+    let committer = Committer::new(writers);
+    let finished = |plan: usize, block: &BlockReport| {
+        let planned = &plans[plan].blocks[block.block];
         let done = Done {
             parameter: record::parameter(planned, block),
             flops: record::flops(planned, block),
             unconverged: is_unconverged(block),
             differs_in: block.differs_in.clone(),
         };
-        writer.record(block.block, serde_json::to_value(done).expect("string keys and plain values"));
+        writers[plan].record(block.block, serde_json::to_value(done).expect("string keys and plain values"));
         for tensor in planned.side_tensors() {
-            writer.record(tensor, serde_json::Value::Null);
+            writers[plan].record(tensor, serde_json::Value::Null);
         }
     };
     let (streamed, committed) = std::thread::scope(|threads| {
         let commits = threads.spawn(|| committer.run(cancel));
         let end = committer.stop_at_end();
-        let streamed = stream::run(plan, inputs, writer, progress, cancel, drops_cache(inputs), &finished);
+        let streamed = stream::run(plans, inputs, writers, progress, cancel, drops_cache(inputs), &finished);
         drop(end);
         (streamed, commits.join().unwrap_or(Ok(())))
     });
-    match (streamed, committed) {
+    let streamed = match (streamed, committed) {
         // A commit that failed stopped the blocks: it is the cause.
         (Ok(_) | Err(MergeError::Cancelled), Err(error)) => Err(error.into()),
-        (streamed, _) => Ok(streamed?),
-    }
+        (streamed, _) => streamed.map_err(Error::from),
+    };
+    streamed.map_err(|error| changed_input(error, inputs))
 }
 
 fn is_unconverged(block: &BlockReport) -> bool {
@@ -352,7 +360,7 @@ fn is_unconverged(block: &BlockReport) -> bool {
 }
 
 /// Inputs that will not fit in the page cache are not kept there: the machine has better use for it.
-pub(super) fn drops_cache(inputs: &Inputs) -> bool {
+fn drops_cache(inputs: &Inputs) -> bool {
     let input_bytes: u64 = inputs.checkpoints.iter().map(|c| c.total_bytes()).sum();
     input_bytes > available_memory() / 2
 }

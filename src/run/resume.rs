@@ -16,11 +16,11 @@ use crate::error::Error;
 use crate::merge::Inputs;
 use crate::plan::{BlockPlan, MergePlan};
 use crate::read::{InputFile, ReadError, header_hash};
-use crate::report::{ParameterReport, REPORT_FILE, RunReport, SideRecord};
+use crate::report::{ParameterReport, REPORT_FILE, RunReport, SWEEP_FILE, SideRecord, SweepReport};
 use crate::tokenizer::is_tokenizer_file;
 use crate::write::fault;
 use crate::write::journal::{self, Journal, KeyInput, Record, RunKey};
-use crate::write::{CheckpointWriter, OutputDir, WriteError};
+use crate::write::{CheckpointWriter, OutputDir, Share, WriteError};
 
 /// Between two commits at least.
 const LEAST_INTERVAL: Duration = Duration::from_millis(250);
@@ -86,10 +86,15 @@ fn small_files(directory: &Path) -> Vec<KeyInput> {
     files
 }
 
+/// Names a run: states of solves carry it.
+pub(super) fn run_number(key: &RunKey) -> u128 {
+    let text = serde_json::to_vec(key).expect("strings always serialise");
+    twox_hash::XxHash3_128::oneshot(&text)
+}
+
 /// One line for the report, by which a finished directory is known again.
 pub(super) fn run_hash(key: &RunKey) -> String {
-    let text = serde_json::to_vec(key).expect("strings always serialise");
-    format!("{:032x}", twox_hash::XxHash3_128::oneshot(&text))
+    format!("{:032x}", run_number(key))
 }
 
 /// Vector instructions that the matrix kernels choose between.
@@ -124,14 +129,41 @@ pub(super) fn check_finished(
     config_hash: &str,
     key: Option<&RunKey>,
 ) -> Result<(), Error> {
-    let what = if report.config_hash != config_hash {
+    same_run(out, (&report.config_hash, report.run_hash.as_deref()), config_hash, key)
+}
+
+fn same_run(
+    out: &Path,
+    before: (&str, Option<&str>),
+    config_hash: &str,
+    key: Option<&RunKey>,
+) -> Result<(), Error> {
+    let what = if before.0 != config_hash {
         "another config (and is complete)"
-    } else if key.is_some_and(|key| report.run_hash.as_deref() != Some(&run_hash(key))) {
+    } else if key.is_some_and(|key| before.1 != Some(&run_hash(key))) {
         "other inputs, flags or another version (and is complete)"
     } else {
         return Ok(());
     };
     Err(WriteError::OtherRun { path: out.to_owned(), what: what.to_owned() }.into())
+}
+
+/// As [`finished`], of a sweep.
+pub(super) fn finished_sweep(out: &Path) -> Option<SweepReport> {
+    if out.join(SWEEP_FILE).is_file() { SweepReport::read(out).ok() } else { None }
+}
+
+/// As [`check_finished`], of a sweep.
+///
+/// # Errors
+/// [`WriteError::OtherRun`] if it is another one.
+pub(super) fn check_finished_sweep(
+    out: &Path,
+    report: &SweepReport,
+    config_hash: &str,
+    key: Option<&RunKey>,
+) -> Result<(), Error> {
+    same_run(out, (&report.config_hash, report.run_hash.as_deref()), config_hash, key)
 }
 
 /// What a run before this one has done.
@@ -152,6 +184,7 @@ pub(super) fn open(
     resume: bool,
     plan: &MergePlan,
     key: RunKey,
+    share: Share,
 ) -> Result<(CheckpointWriter, Before), Error> {
     let directory = match resume {
         true => OutputDir::claim_unfinished(out, inputs, own)?,
@@ -171,7 +204,7 @@ pub(super) fn open(
         replay = Some(found);
     }
     let path = directory.path().to_owned();
-    let mut writer = CheckpointWriter::create(directory, Arc::new(plan.layout.clone()))?;
+    let mut writer = CheckpointWriter::with_share(directory, Arc::new(plan.layout.clone()), share)?;
     let mut before = Before::default();
     match replay {
         Some(mut found) if found.key.is_some() => {
@@ -281,14 +314,14 @@ fn location(file: &Path, from: &Path) -> Option<String> {
 
 /// Makes finished tensors durable every now and then, on a thread of its own, while others are being merged.
 pub(super) struct Committer<'w> {
-    writer: &'w CheckpointWriter,
+    writers: &'w [CheckpointWriter],
     stopped: Mutex<bool>,
     wake: Condvar,
 }
 
 impl<'w> Committer<'w> {
-    pub fn new(writer: &'w CheckpointWriter) -> Self {
-        Self { writer, stopped: Mutex::new(false), wake: Condvar::new() }
+    pub fn new(writers: &'w [CheckpointWriter]) -> Self {
+        Self { writers, stopped: Mutex::new(false), wake: Condvar::new() }
     }
 
     /// Commits until it is stopped, and once more then.
@@ -309,7 +342,9 @@ impl<'w> Committer<'w> {
                 *waited.unwrap_or_else(PoisonError::into_inner).0
             };
             let started = Instant::now();
-            self.writer.commit().inspect_err(|_| cancel.store(true, Ordering::Relaxed))?;
+            for writer in self.writers {
+                writer.commit().inspect_err(|_| cancel.store(true, Ordering::Relaxed))?;
+            }
             if stopped {
                 return Ok(());
             }

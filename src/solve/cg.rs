@@ -4,6 +4,8 @@
 //! started at `x₀`. Solving for `d` keeps the digits of a small correction that adding to `x` would round away, and it
 //! leaves the null space of a singular `A` exactly where the initial guess put it.
 
+use std::time::{Duration, Instant};
+
 use super::stop::{IterationRecord, SolveStart, StopReason, StoppingRule};
 use crate::kernel::{Real, vector};
 use crate::operator::{LinearOperator, OperatorError, Workspace};
@@ -39,6 +41,46 @@ pub struct CgOutcome {
     pub total_decrease: f64,
 }
 
+/// A solve between two steps: with the vectors `d`, `r` and `p`, all that it takes to go on with the same bits.
+#[derive(Clone, Debug, Default)]
+pub struct CgState {
+    /// `⟨r, r⟩`, as the fused update summed it.
+    pub rr: f64,
+    /// `⟨r, M⁻¹r⟩`.
+    pub rho: f64,
+    /// All steps so far, first the state before any: observer and stopping rules see them again.
+    pub steps: Vec<IterationRecord>,
+    /// Spent on them.
+    pub elapsed: Duration,
+}
+
+/// Keeps states of a long solve, so that another process can go on in its middle.
+pub trait Snapshots<T: Real> {
+    /// Fills `vectors` (`d`, `r`, `p`) with a state that was kept of the solve that starts like this one, if there is any;
+    /// else they stay as they are.
+    ///
+    /// # Errors
+    /// Those of reading it.
+    fn restore(
+        &mut self,
+        start: &SolveStart,
+        vectors: [&mut [T]; 3],
+    ) -> Result<Option<CgState>, OperatorError>;
+
+    /// Offers the state after a step; whether it is kept is for the implementation to decide. `last`: the run is being
+    /// stopped, and there will be no other.
+    ///
+    /// # Errors
+    /// Those of writing it.
+    fn offer(
+        &mut self,
+        start: &SolveStart,
+        state: &CgState,
+        vectors: [&[T]; 3],
+        last: bool,
+    ) -> Result<(), OperatorError>;
+}
+
 /// Solves `A·d = r₀` from `d = 0`, with the letters of the textbook: one `alpha` and `beta` for the whole block.
 ///
 /// Each step costs one application of `operator`, one of `preconditioner`, and three fused passes over the vectors.
@@ -60,31 +102,75 @@ pub fn conjugate_gradients<T: Real>(
     workspace: &mut Workspace<T>,
     observe: &mut dyn FnMut(&IterationRecord, &[T]),
 ) -> Result<CgOutcome, OperatorError> {
+    conjugate_gradients_from(operator, preconditioner, vectors, start, rule, workspace, None, observe)
+}
+
+/// As [`conjugate_gradients`], going on from what `snapshots` has and offering it every step. Where it went on, `observe`
+/// sees the earlier steps again, all with the displacement that they came to; the iterates are those of a solve in one go.
+///
+/// # Errors
+/// Those of `snapshots` too.
+#[allow(clippy::too_many_arguments, reason = "a system, its solver and its surroundings")]
+pub fn conjugate_gradients_from<T: Real>(
+    operator: &dyn LinearOperator<T>,
+    preconditioner: &dyn Preconditioner<T>,
+    vectors: CgVectors<'_, T>,
+    start: &SolveStart,
+    rule: &mut dyn StoppingRule,
+    workspace: &mut Workspace<T>,
+    mut snapshots: Option<&mut (dyn Snapshots<T> + '_)>,
+    observe: &mut dyn FnMut(&IterationRecord, &[T]),
+) -> Result<CgOutcome, OperatorError> {
     let CgVectors { d, r, p, q, z } = vectors;
     let threading = workspace.threading;
     let plain = preconditioner.is_identity();
-    d.fill(T::default());
-
+    let started = Instant::now();
     let relative = |norm: f64| if norm == 0.0 { 0.0 } else { norm / start.rhs_norm };
-    let mut rr = vector::dot(r, r, threading);
-    let mut rho = if plain {
-        p.copy_from_slice(r);
-        rr
-    } else {
-        preconditioner.apply_inverse(r, z, workspace)?;
-        p.copy_from_slice(z);
-        vector::dot(r, z, threading)
-    };
-    let mut step = IterationRecord {
-        iteration: 0,
-        residual_norm: rr.sqrt(),
-        relative_residual: relative(rr.sqrt()),
-        preconditioned_norm: rho.max(0.0).sqrt(),
-        decrease: 0.0,
-        total_decrease: 0.0,
-    };
     rule.start(start);
+    let mut before = match &mut snapshots {
+        Some(snapshots) => snapshots.restore(start, [&mut *d, &mut *r, &mut *p])?,
+        None => None,
+    };
+    // What a rule says of the steps before is what it said then, but for those that look at a clock or a flag.
+    let mut stopped = None;
+    let (mut rr, mut rho, mut step) =
+        match before.as_mut().and_then(|state| Some((state.steps.pop()?, state))) {
+            Some((last, state)) => {
+                rule.resumed(state.elapsed);
+                for step in &state.steps {
+                    observe(step, d);
+                    stopped = stopped.or(rule.check(step));
+                }
+                (state.rr, state.rho, last)
+            }
+            None => {
+                d.fill(T::default());
+                let rr = vector::dot(r, r, threading);
+                let rho = if plain {
+                    p.copy_from_slice(r);
+                    rr
+                } else {
+                    preconditioner.apply_inverse(r, z, workspace)?;
+                    p.copy_from_slice(z);
+                    vector::dot(r, z, threading)
+                };
+                let step = IterationRecord {
+                    iteration: 0,
+                    residual_norm: rr.sqrt(),
+                    relative_residual: relative(rr.sqrt()),
+                    preconditioned_norm: rho.max(0.0).sqrt(),
+                    decrease: 0.0,
+                    total_decrease: 0.0,
+                };
+                (rr, rho, step)
+            }
+        };
     observe(&step, d);
+    let mut state = before.unwrap_or_default();
+    let elapsed_before = state.elapsed;
+    if snapshots.is_some() {
+        state.steps.push(step);
+    }
 
     let stop = loop {
         if !rr.is_finite() || !rho.is_finite() {
@@ -93,7 +179,10 @@ pub fn conjugate_gradients<T: Real>(
         if rr == 0.0 {
             break StopReason::Solved;
         }
-        if let Some(reason) = rule.check(&step) {
+        if let Some(reason) = stopped.or_else(|| rule.check(&step)) {
+            if let (StopReason::Cancelled, Some(snapshots)) = (reason, &mut snapshots) {
+                snapshots.offer(start, &state, [&*d, &*r, &*p], true)?;
+            }
             break reason;
         }
         operator.apply(p, q, workspace)?;
@@ -130,6 +219,11 @@ pub fn conjugate_gradients<T: Real>(
         };
         rho = rho_next;
         observe(&step, d);
+        if let Some(snapshots) = &mut snapshots {
+            state.steps.push(step);
+            (state.rr, state.rho, state.elapsed) = (rr, rho, elapsed_before + started.elapsed());
+            snapshots.offer(start, &state, [&*d, &*r, &*p], false)?;
+        }
     };
     Ok(CgOutcome {
         stop,

@@ -10,7 +10,7 @@ pub mod observe;
 pub mod refine;
 pub mod stop;
 
-pub use cg::{CgOutcome, CgVectors, conjugate_gradients};
+pub use cg::{CgOutcome, CgState, CgVectors, Snapshots, conjugate_gradients, conjugate_gradients_from};
 pub use observe::{History, Observer, Silent};
 pub use refine::{RefineGoal, RefineOutcome, Refined, refine};
 pub use stop::{

@@ -122,6 +122,11 @@ pub trait StoppingRule: Send {
     fn start(&mut self, start: &SolveStart) {
         let _ = start;
     }
+    /// Called after `start` where a solve goes on that another process began: so long it took so far. The steps before
+    /// are checked again, one by one.
+    fn resumed(&mut self, elapsed: Duration) {
+        let _ = elapsed;
+    }
     /// `None`: take another step.
     fn check(&mut self, step: &IterationRecord) -> Option<StopReason>;
 }
@@ -224,7 +229,7 @@ pub struct TimeLimit {
 }
 
 impl TimeLimit {
-    /// From the start of the solve.
+    /// From the start of the solve, the parts before a `--resume` included.
     pub fn new(limit: Duration) -> Self {
         Self { limit, started: None }
     }
@@ -233,6 +238,13 @@ impl TimeLimit {
 impl StoppingRule for TimeLimit {
     fn start(&mut self, _start: &SolveStart) {
         self.started = Some(Instant::now());
+    }
+    fn resumed(&mut self, elapsed: Duration) {
+        // Before the clock's own beginning: all of the limit is used up.
+        match self.started.and_then(|started| started.checked_sub(elapsed)) {
+            Some(started) => self.started = Some(started),
+            None => self.limit = Duration::ZERO,
+        }
     }
     fn check(&mut self, _step: &IterationRecord) -> Option<StopReason> {
         self.started.is_some_and(|t| t.elapsed() >= self.limit).then_some(StopReason::TimeLimit)
@@ -257,6 +269,11 @@ impl StoppingRule for Any<'_> {
     fn start(&mut self, start: &SolveStart) {
         for rule in &mut self.0 {
             rule.start(start);
+        }
+    }
+    fn resumed(&mut self, elapsed: Duration) {
+        for rule in &mut self.0 {
+            rule.resumed(elapsed);
         }
     }
     fn check(&mut self, step: &IterationRecord) -> Option<StopReason> {

@@ -211,3 +211,98 @@ fn stagnation_is_recognised_and_refinement_goes_past_it() {
     assert!(!refined.outcome.stop.converged());
     assert!(refined.x.iter().all(|x| x.is_finite()));
 }
+
+/// Keeps every state in memory, and hands one on.
+#[derive(Default)]
+struct InMemory {
+    kept: Vec<(CgState, [Vec<f64>; 3])>,
+    from: Option<(CgState, [Vec<f64>; 3])>,
+}
+
+impl Snapshots<f64> for InMemory {
+    fn restore(
+        &mut self,
+        _start: &SolveStart,
+        vectors: [&mut [f64]; 3],
+    ) -> Result<Option<CgState>, OperatorError> {
+        let Some((state, kept)) = self.from.take() else { return Ok(None) };
+        for (vector, kept) in vectors.into_iter().zip(&kept) {
+            vector.copy_from_slice(kept);
+        }
+        Ok(Some(state))
+    }
+
+    fn offer(
+        &mut self,
+        _start: &SolveStart,
+        state: &CgState,
+        vectors: [&[f64]; 3],
+        _last: bool,
+    ) -> Result<(), OperatorError> {
+        self.kept.push((state.clone(), vectors.map(<[f64]>::to_vec)));
+        Ok(())
+    }
+}
+
+/// The rules whose state is in the steps, for 1000 steps at most.
+fn stateful_rule(seconds: f64) -> Any<'static> {
+    Any(vec![
+        Box::new(PreconditionedResidual::new(1e-7)),
+        Box::new(Stagnation::of::<f64>()),
+        Box::new(TimeLimit::new(std::time::Duration::from_secs_f64(seconds))),
+        Box::new(MaxIterations(1000)),
+    ])
+}
+
+#[test]
+fn a_solve_that_goes_on_from_any_step_takes_the_same_ones() {
+    let n = 60;
+    let values = spectrum(n, 1e5);
+    let a = operator(&values);
+    let skewed = operator(&values.iter().map(|v| v.powf(0.4)).collect::<Vec<_>>());
+    let jacobi = Jacobi::new(&skewed).unwrap();
+    let preconditioners: [&dyn Preconditioner<f64>; 2] = [&NoPreconditioner, &jacobi];
+    let start = SolveStart { rhs_norm: (n as f64).sqrt(), residual_norm: (n as f64).sqrt(), unknowns: n };
+    for preconditioner in preconditioners {
+        let run = |memory: &mut InMemory, seconds: f64| {
+            // What is restored replaces everything but the right-hand side's norms.
+            let [mut d, mut r, mut p, mut q, mut z] = std::array::from_fn(|_| vec![1.0; n]);
+            let vectors = CgVectors { d: &mut d, r: &mut r, p: &mut p, q: &mut q, z: &mut z };
+            let mut seen = Vec::new();
+            let outcome = conjugate_gradients_from(
+                &a,
+                preconditioner,
+                vectors,
+                &start,
+                &mut stateful_rule(seconds),
+                &mut Workspace::new(0, Threading::Sequential),
+                Some(memory),
+                &mut |step, _| {
+                    seen.push((step.iteration, step.residual_norm.to_bits(), step.decrease.to_bits()))
+                },
+            )
+            .unwrap();
+            (outcome, d, seen)
+        };
+        let mut memory = InMemory::default();
+        let whole = run(&mut memory, 3600.0);
+        assert!(
+            whole.0.iterations > 10 && whole.0.stop == StopReason::PreconditionedResidual,
+            "{:?}",
+            whole.0
+        );
+        assert_eq!(memory.kept.len(), whole.0.iterations);
+        for kept in memory.kept.clone() {
+            let mut memory = InMemory { from: Some(kept), ..InMemory::default() };
+            assert_eq!(run(&mut memory, 3600.0), whole);
+        }
+        // Time that the parts before have used up is used up.
+        let (mut state, vectors) = memory.kept[4].clone();
+        state.elapsed = std::time::Duration::from_secs(7200);
+        let displacement = vectors[0].clone();
+        let mut memory = InMemory { from: Some((state, vectors)), ..InMemory::default() };
+        let (outcome, d, _) = run(&mut memory, 3600.0);
+        assert_eq!((outcome.stop, outcome.iterations), (StopReason::TimeLimit, 5));
+        assert_eq!(d, displacement);
+    }
+}

@@ -48,40 +48,24 @@ pub struct BlockReport {
     pub differs_in: Option<String>,
 }
 
-/// Runs every unit of `plan`; the reports come back in the order of its blocks. Tensors that `writer` has from a run before
-/// are passed over. `finished` is told of every block on the thread that finished it; its last bytes may still be on their
-/// way to the writer.
+/// Runs every unit of a plan, or of the plans of a sweep's variants together, block by block: each block's inputs are read
+/// once for all of them. The plans have the same blocks and units; the units of the first, whose memory is that of every
+/// variant, are the ones that run. One writer and one list of reports a plan, in the order of the blocks.
+///
+/// Tensors that all writers have from a run before are passed over; where only some have, the others' are merged, and
+/// there is a report for each. `finished` is told of every block, with the plan's number, on the thread that finished it;
+/// its last bytes may still be on their way to the writer.
 ///
 /// # Errors
 /// The first error of any block; the others are stopped at their next tile or iteration.
 pub fn run(
-    plan: &MergePlan,
-    inputs: &Arc<Inputs>,
-    writer: &CheckpointWriter,
-    progress: &Progress,
-    cancel: &AtomicBool,
-    drop_cache: bool,
-    finished: &(dyn Fn(&BlockReport) + Sync),
-) -> Result<Vec<BlockReport>, MergeError> {
-    let (plans, writers) = (std::slice::from_ref(plan), std::slice::from_ref(writer));
-    let mut reports = run_variants(plans, inputs, writers, progress, cancel, drop_cache, finished)?;
-    Ok(reports.pop().unwrap_or_default())
-}
-
-/// Runs the plans of a sweep's variants together, block by block: each block's inputs are read once for all of them.
-/// The plans have the same blocks and units; the units of the first, whose memory is that of every variant, are the ones
-/// that run. One writer and one list of reports a plan. `finished` is told of blocks where there is one plan alone.
-///
-/// # Errors
-/// As [`run`].
-pub fn run_variants(
     plans: &[MergePlan],
     inputs: &Arc<Inputs>,
     writers: &[CheckpointWriter],
     progress: &Progress,
     cancel: &AtomicBool,
     drop_cache: bool,
-    finished: &(dyn Fn(&BlockReport) + Sync),
+    finished: &(dyn Fn(usize, &BlockReport) + Sync),
 ) -> Result<Vec<Vec<BlockReport>>, MergeError> {
     let Some(plan) = plans.first() else { return Ok(Vec::new()) };
     let pool = rayon::ThreadPoolBuilder::new()
@@ -205,6 +189,7 @@ fn model_passes(
                 observe: &observe,
                 watch: None,
                 piece: None,
+                snapshots: None,
             };
             (context, start)
         })
@@ -273,7 +258,7 @@ struct Engine<'e> {
     cancel: &'e AtomicBool,
     position: &'e prefetch::Position,
     drop_cache: bool,
-    finished: &'e (dyn Fn(&BlockReport) + Sync),
+    finished: &'e (dyn Fn(usize, &BlockReport) + Sync),
     /// Quantities of the whole model.
     known: Option<&'e Known>,
 }
@@ -321,8 +306,8 @@ impl Engine<'_> {
             if let Some(last) = found.last() {
                 self.progress.block_finished(&block.name, &line(block, last, found.len()));
             }
-            if let [report] = &found[..] {
-                (self.finished)(report);
+            for (plan, report) in found.iter().enumerate() {
+                (self.finished)(plan, report);
             }
             reports.push(found);
         }
@@ -465,6 +450,10 @@ impl Engine<'_> {
             observe: &observe,
             watch: None,
             piece: None,
+            snapshots: match self.writers {
+                [writer] if block.is_long() => writer.solve_place(index, &block.name),
+                _ => None,
+            },
         };
         // The mean of equal values is that value, bit for bit, only where sums are wider than the values.
         let wide = block.dtype == Dtype::F64 || block.unmatched.is_some();

@@ -14,6 +14,21 @@ use crate::plan::shards::TensorSpec;
 /// Bytes of one piece: what encoded tiles are cut at, so that most pieces arrive whole.
 pub const PIECE_BYTES: u64 = 64 << 10;
 
+/// What a writer may hold of pieces that have arrived in part. A tensor that would need more is read back instead.
+pub const PARTIAL_BYTES: u64 = 2 << 20;
+
+/// The same for each of so many writers that work at once.
+pub fn partial_bytes_of(writers: usize) -> u64 {
+    (PARTIAL_BYTES / writers.max(1) as u64).max(PIECE_BYTES)
+}
+
+/// Bytes that the checksums of the pieces of a tensor of `bytes` bytes take while it is written; those of a single piece
+/// do not count.
+pub fn held_bytes(bytes: u64) -> u64 {
+    // 17 while they come in, 16 more when they are hashed in turn.
+    bytes / PIECE_BYTES * 33
+}
+
 /// Begins every checksum's text, and names what was computed.
 const PREFIX: &str = "xxh3-128/64KiB:";
 
@@ -95,15 +110,15 @@ impl<'b> Hashed<'b> {
 /// Collects one tensor's pieces in any order.
 ///
 /// Holds 17 bytes a piece, and the bytes of pieces that arrived in part: one at each ragged edge between two writes whose
-/// neighbour is still to come.
+/// neighbour is still to come. They share the writer's room for such; where it runs out, the tensor is read back at the end.
 #[derive(Debug, Default)]
 pub(super) struct Assembler {
     pieces: Vec<u128>,
     known: Vec<bool>,
     left: usize,
     partial: std::collections::BTreeMap<u64, Vec<(u64, Vec<u8>)>>,
-    /// Something was written twice: what is known may no longer be what is stored.
-    rewritten: bool,
+    /// Something was written twice, so that what is known may no longer be what is stored; or there was no room.
+    unknown: bool,
 }
 
 impl Assembler {
@@ -113,8 +128,8 @@ impl Assembler {
         Self { pieces: vec![0; count], known: vec![false; count], left: count, ..Self::default() }
     }
 
-    /// Enters what was written.
-    pub fn add(&mut self, written: &Hashed<'_>, total: u64) {
+    /// Enters what was written. `room`: bytes that may still be held.
+    pub fn add(&mut self, written: &Hashed<'_>, total: u64, room: &mut u64) {
         let end = written.offset + written.bytes.len() as u64;
         for (k, hash) in written.whole.iter().enumerate() {
             self.set(written.first + k as u64, *hash);
@@ -124,18 +139,22 @@ impl Assembler {
         let head = written.offset..end.min(written.first * PIECE_BYTES);
         let tail = (after_whole * PIECE_BYTES).max(written.offset)..end;
         if !head.is_empty() {
-            self.add_part(head.clone(), written, total);
+            self.add_part(head.clone(), written, total, room);
         }
         if !tail.is_empty() && tail.start >= head.end {
-            self.add_part(tail, written, total);
+            self.add_part(tail, written, total, room);
         }
     }
 
     /// Part of one piece.
-    fn add_part(&mut self, range: Range<u64>, written: &Hashed<'_>, total: u64) {
+    fn add_part(&mut self, range: Range<u64>, written: &Hashed<'_>, total: u64, room: &mut u64) {
         let piece = range.start / PIECE_BYTES;
-        if self.known[piece as usize] {
-            self.rewritten = true;
+        let length = range.end - range.start;
+        if self.unknown {
+            return;
+        }
+        if self.known[piece as usize] || length > *room {
+            self.give_up(room);
             return;
         }
         let from = piece * PIECE_BYTES;
@@ -147,12 +166,14 @@ impl Assembler {
         let before = place.checked_sub(1).is_some_and(|k| parts[k].0 + parts[k].1.len() as u64 > range.start);
         let after = parts.get(place).is_some_and(|(start, _)| *start < range.end);
         if before || after {
-            self.rewritten = true;
+            self.give_up(room);
             return;
         }
+        *room -= length;
         parts.insert(place, (range.start, bytes.to_vec()));
         if parts.iter().map(|(_, bytes)| bytes.len() as u64).sum::<u64>() == wanted {
             let parts = self.partial.remove(&piece).unwrap_or_default();
+            *room += wanted;
             let whole: Vec<u8> = parts.into_iter().flat_map(|(_, bytes)| bytes).collect();
             self.set(piece, XxHash3_128::oneshot(&whole));
         }
@@ -161,7 +182,7 @@ impl Assembler {
     fn set(&mut self, piece: u64, hash: u128) {
         let piece = piece as usize;
         if self.known[piece] || self.partial.contains_key(&(piece as u64)) {
-            self.rewritten = true;
+            self.unknown = true;
             return;
         }
         self.pieces[piece] = hash;
@@ -169,9 +190,16 @@ impl Assembler {
         self.left -= 1;
     }
 
-    /// `None` where bytes are missing or were written twice: then the file has to be asked.
+    /// Nothing more is kept of this tensor's parts.
+    pub fn give_up(&mut self, room: &mut u64) {
+        self.unknown = true;
+        let parts = std::mem::take(&mut self.partial).into_values().flatten();
+        *room += parts.map(|(_, bytes)| bytes.len() as u64).sum::<u64>();
+    }
+
+    /// `None` where bytes are missing, were written twice or could not be held: then the file has to be asked.
     pub fn finish(&self, spec: &TensorSpec) -> Option<Checksum> {
-        (self.left == 0 && !self.rewritten).then(|| Checksum::of_pieces(spec, &self.pieces))
+        (self.left == 0 && !self.unknown).then(|| Checksum::of_pieces(spec, &self.pieces))
     }
 }
 
@@ -214,10 +242,13 @@ mod tests {
             let mut parts: Vec<Range<usize>> = cuts.windows(2).map(|w| w[0]..w[1]).collect();
             parts.sort_by_key(|part| XxHash3_128::oneshot_with_seed(seed, &part.start.to_le_bytes()));
             let mut assembler = Assembler::new(spec.bytes);
+            let mut room = 1 << 20;
             for part in parts.iter().filter(|p| !p.is_empty()) {
                 prop_assert_eq!(assembler.finish(&spec), None);
-                assembler.add(&Hashed::new(part.start as u64, &data[part.clone()], spec.bytes), spec.bytes);
+                let part = Hashed::new(part.start as u64, &data[part.clone()], spec.bytes);
+                assembler.add(&part, spec.bytes, &mut room);
             }
+            prop_assert_eq!(room, 1 << 20, "all of it is given back");
             prop_assert_eq!(assembler.finish(&spec), Some(sequential(&spec, &data)));
             prop_assert!(assembler.partial.is_empty());
         }
@@ -235,18 +266,43 @@ mod tests {
     fn what_is_written_twice_is_not_vouched_for() {
         let spec = spec(200_000);
         let data = data(200_000);
+        let mut room = 1 << 20;
         for again in [0..10, 65_000..66_000, 131_072..196_608, 0..200_000] {
             let mut assembler = Assembler::new(spec.bytes);
-            assembler.add(&Hashed::new(0, &data, spec.bytes), spec.bytes);
-            assembler.add(&Hashed::new(again.start as u64, &data[again], spec.bytes), spec.bytes);
+            assembler.add(&Hashed::new(0, &data, spec.bytes), spec.bytes, &mut room);
+            assembler.add(&Hashed::new(again.start as u64, &data[again], spec.bytes), spec.bytes, &mut room);
             assert_eq!(assembler.finish(&spec), None);
         }
         // A part over a part.
         let mut assembler = Assembler::new(spec.bytes);
-        assembler.add(&Hashed::new(10, &data[10..20], spec.bytes), spec.bytes);
-        assembler.add(&Hashed::new(15, &data[15..30], spec.bytes), spec.bytes);
-        assembler.add(&Hashed::new(0, &data, spec.bytes), spec.bytes);
+        assembler.add(&Hashed::new(10, &data[10..20], spec.bytes), spec.bytes, &mut room);
+        assembler.add(&Hashed::new(15, &data[15..30], spec.bytes), spec.bytes, &mut room);
+        assembler.add(&Hashed::new(0, &data, spec.bytes), spec.bytes, &mut room);
         assert_eq!(assembler.finish(&spec), None);
+    }
+
+    #[test]
+    fn where_there_is_no_room_for_parts_the_file_is_asked() {
+        let spec = spec(400_000);
+        let data = data(400_000);
+        // Three pieces.
+        const ROOM: u64 = 3 * PIECE_BYTES;
+        let mut room = ROOM;
+        let mut assembler = Assembler::new(spec.bytes);
+        // Each part begins and ends within a piece; from the end, so that an edge waits for the part before it.
+        for start in (0..400_000).step_by(70_000).rev() {
+            let end = (start + 70_000).min(400_000);
+            assembler.add(&Hashed::new(start as u64, &data[start..end], spec.bytes), spec.bytes, &mut room);
+        }
+        assert_eq!(assembler.finish(&spec), Some(sequential(&spec, &data)), "neighbours in turn need little");
+        assert_eq!(room, ROOM);
+        let mut assembler = Assembler::new(spec.bytes);
+        for start in (0..400_000).step_by(140_000) {
+            let part = Hashed::new(start as u64 + 1, &data[start + 1..start + 70_000], spec.bytes);
+            assembler.add(&part, spec.bytes, &mut room);
+        }
+        assert_eq!(assembler.finish(&spec), None);
+        assert!(assembler.partial.is_empty() && room == ROOM, "what was held is free again");
     }
 
     #[test]

@@ -117,6 +117,17 @@ pub enum WriteError {
         found: &'static str,
     },
 
+    /// The file system has no room for so many files.
+    #[error("{}: no space: need {need} new files, have room for {have}", EscapedPath(path))]
+    NoFiles {
+        /// The output directory.
+        path: PathBuf,
+        /// Files to be made.
+        need: u64,
+        /// Files that the file system still takes.
+        have: u64,
+    },
+
     /// The output would lie over an input.
     #[error(
         "{}: the output directory {relation} the input {} (expected a place apart from every input)",
@@ -287,7 +298,7 @@ impl WriteError {
             | Self::Unusable { .. }
             | Self::SideFileTooLarge { .. }
             | Self::BadSideName { .. } => ExitClass::BadInput,
-            Self::NoSpace { .. } => ExitClass::NoSpace,
+            Self::NoSpace { .. } | Self::NoFiles { .. } => ExitClass::NoSpace,
             Self::Locked { .. } => ExitClass::Locked,
             Self::Io { .. }
             | Self::NameTaken { .. }
@@ -325,7 +336,8 @@ impl WriteError {
     /// A refusal while `need` bytes were to be written at `path`.
     pub(super) fn writing(path: &Path, doing: &'static str, need: u64, source: io::Error) -> Self {
         if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
-            let have = free_bytes(path);
+            // What the file system has free says nothing about a quota.
+            let have = if source.kind() == io::ErrorKind::QuotaExceeded { None } else { free_bytes(path) };
             return Self::NoSpace { path: path.to_owned(), need, have, source: Some(source) };
         }
         Self::Io { path: path.to_owned(), doing, source }
@@ -343,6 +355,12 @@ pub(super) fn free_bytes(path: &Path) -> Option<u64> {
     statistics.f_bavail.checked_mul(block)
 }
 
+/// Files that may still be made on the file system of `path`; `None` where it does not count them.
+pub(super) fn free_files(path: &Path) -> Option<u64> {
+    let statistics = rustix::fs::statvfs(path).ok()?;
+    (statistics.f_files > 0).then_some(statistics.f_favail)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -354,7 +372,9 @@ mod tests {
         assert_eq!(error.exit_class().code(), 5);
         assert!(error.to_string().starts_with("/: no space: need 3.0 GiB, have "), "{error}");
         let quota = io::Error::from_raw_os_error(Errno::DQUOT.raw_os_error());
-        assert_eq!(WriteError::claiming(Path::new("/"), "lock", quota).exit_class(), ExitClass::NoSpace);
+        let quota = WriteError::claiming(Path::new("/"), "lock", quota);
+        assert_eq!(quota.exit_class(), ExitClass::NoSpace);
+        assert!(quota.to_string().ends_with("have an unknown amount"), "{quota}");
         let early = WriteError::NoSpace { path: "x".into(), need: 1, have: None, source: None };
         assert_eq!(early.to_string(), "x: no space: need 1 B, have an unknown amount");
     }

@@ -2,7 +2,7 @@
 //!
 //! Builds without debug assertions have none: [`point`] is then nothing at all. In a debug build the environment variable
 //! `MATS_STREAM_FAIL` holds `NAME=ACTION` or `NAME=ACTION@N` (at the N-th time, from 1), several divided by `;`. Actions:
-//! `kill` (as `kill -9`), `eio`, `enospc`, and `pause` (makes the file that `MATS_STREAM_PAUSE` names and waits until
+//! `kill` (as `kill -9`), `eio`, `enospc`, `edquot`, and `pause` (makes the file that `MATS_STREAM_PAUSE` names and waits until
 //! somebody removes it).
 
 use std::io;
@@ -87,6 +87,7 @@ mod armed {
                 }
                 "eio" => return Err(rustix::io::Errno::IO.into()),
                 "enospc" => return Err(rustix::io::Errno::NOSPC.into()),
+                "edquot" => return Err(rustix::io::Errno::DQUOT.into()),
                 "pause" => pause(),
                 _ => {}
             }

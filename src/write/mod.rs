@@ -10,9 +10,9 @@
 //! 2. the index: every shard has its final name;
 //! 3. `merge_report.json`: the directory is complete.
 //!
-//! A single file that is no checkpoint goes through a [`NewFile`], under the same rule.
-//!
-//! A sweep's checkpoints go through a [`SweepDir`]: each in its own directory, all renamed at the end.
+//! A single file that is no checkpoint goes through a [`NewFile`], under the same rule. Solves that take long keep their
+//! states beside the journal (`snapshot`). A sweep's checkpoints go through a [`SweepDir`]: each in its own directory, all
+//! renamed at the end.
 //!
 //! Output is never mapped into memory: a full disk has to be an error, not a signal. Nothing here
 //! computes, encodes a dtype or decides a layout.
@@ -26,6 +26,7 @@ mod output_dir;
 mod replace;
 mod shard;
 mod side;
+mod snapshot;
 mod sweep_dir;
 
 pub use checksum::Checksum;
@@ -33,6 +34,7 @@ pub use error::{ExitClass, OverInput, WriteError};
 pub use new_file::NewFile;
 pub use output_dir::OutputDir;
 pub use replace::replace_file;
-pub use shard::{CheckpointWriter, WrittenCheckpoint, WrittenFile};
+pub use shard::{CheckpointWriter, Share, WrittenCheckpoint, WrittenFile};
 pub use side::{SideContent, SideFile, copy_side_files, patch_config, torch_dtype_name};
+pub use snapshot::SolvePlace;
 pub use sweep_dir::SweepDir;

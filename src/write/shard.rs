@@ -16,16 +16,21 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::fs::{Advice, FallocateFlags, OFlags};
 use rustix::io::Errno;
 
-use super::checksum::{Assembler, Checksum, Hashed};
-use super::error::{WriteError, free_bytes};
+use super::checksum::{Assembler, Checksum, Hashed, partial_bytes_of};
+use super::error::{WriteError, free_bytes, free_files};
 use super::fault;
 use super::journal::{Journal, Record, RunKey};
 use super::output_dir::{JOURNAL_NAME, OutputDir, TEMPORARY_PREFIX, TEMPORARY_SUFFIX, sync_directory};
 use super::side::{self, SideFile};
+use super::snapshot::{self, SolvePlace, SolveStore};
 use crate::plan::shards::{INDEX_NAME, OutputLayout, TensorSpec};
+use crate::report::units::Bytes;
 
 /// Shards kept open at once. A thousand shards must not need a thousand descriptors.
-pub(super) const MAX_OPEN: usize = 16;
+const MAX_OPEN: usize = 16;
+
+/// Shards kept open by all writers of a sweep together, beside one that each needs.
+const OPEN_IN_ALL: usize = 64;
 
 /// After this many bytes a shard's dirty pages are sent to the disk, so that the final fsync finds
 /// little to do and dirty output never crowds the inputs out of memory. 2 GiB written and synced took
@@ -34,6 +39,29 @@ const WRITE_BACK_BYTES: u64 = 64 << 20;
 
 /// Free space wanted beyond the shards, for the side files and the file system's own records.
 pub(super) const SPARE_BYTES: u64 = 1 << 20;
+
+/// Files wanted beside the shards: config, tokenizer, card, index, report, journal.
+const SPARE_FILES: u64 = 32;
+
+/// Holds the place of the side files until they are written.
+const SPARE_NAME: &str = "spare";
+
+/// What a writer may take where many work at once.
+#[derive(Clone, Copy, Debug)]
+pub struct Share {
+    /// Shards kept open.
+    open_files: usize,
+    /// Bytes of pieces that were written in part.
+    partial_bytes: u64,
+}
+
+impl Share {
+    /// Of one of so many writers.
+    pub fn of(writers: usize) -> Self {
+        let open_files = (OPEN_IN_ALL / writers.max(1)).clamp(1, MAX_OPEN);
+        Self { open_files, partial_bytes: partial_bytes_of(writers) }
+    }
+}
 
 /// What was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,6 +106,10 @@ pub struct CheckpointWriter {
     pending: Mutex<Vec<(usize, serde_json::Value)>>,
     /// Leave what another run can continue.
     keep: AtomicBool,
+    /// Every shard has its blocks on the disk.
+    reserved: bool,
+    /// States of solves that take long.
+    solves: Option<SolveStore>,
 }
 
 #[derive(Debug)]
@@ -103,28 +135,29 @@ impl CheckpointWriter {
     /// [`WriteError::NoSpace`] before anything is made if the free space is seen to be too little, or
     /// when a reservation fails; [`WriteError::Io`] else.
     pub fn create(dir: OutputDir, layout: Arc<OutputLayout>) -> Result<Self, WriteError> {
-        Self::with_open_files(dir, layout, MAX_OPEN)
+        Self::with_share(dir, layout, Share::of(1))
     }
 
-    /// As [`CheckpointWriter::create`], keeping at most `most_open` shards open where many writers work at once.
-    pub(super) fn with_open_files(
-        dir: OutputDir,
-        layout: Arc<OutputLayout>,
-        most_open: usize,
-    ) -> Result<Self, WriteError> {
+    /// As [`CheckpointWriter::create`], one of several writers that work at once.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_share(dir: OutputDir, layout: Arc<OutputLayout>, share: Share) -> Result<Self, WriteError> {
         let mut writer = Self {
             dir,
-            coverage: Mutex::new(Coverage::new(&layout)),
+            coverage: Mutex::new(Coverage::new(&layout, share.partial_bytes)),
             shards: Vec::with_capacity(layout.shards().len()),
             resumed: vec![false; layout.specs().len()],
             layout: Arc::clone(&layout),
             open: Mutex::default(),
-            most_open,
+            most_open: share.open_files,
             bytes_written: AtomicU64::new(0),
             made: Mutex::default(),
             journal: Mutex::default(),
             pending: Mutex::default(),
             keep: AtomicBool::new(false),
+            reserved: true,
+            solves: None,
         };
         // Nothing is taken from a directory whose journal belongs to another run: that is settled before.
         let found = if writer.dir.unfinished() { writer.gather()? } else { HashMap::new() };
@@ -141,6 +174,13 @@ impl CheckpointWriter {
                 source: None,
             });
         }
+        let need = (layout.shards().len() - found.len()) as u64 + SPARE_FILES;
+        if let Some(have) = free_files(writer.dir.path())
+            && have < need
+        {
+            writer.keep.store(writer.dir.unfinished(), Ordering::Relaxed);
+            return Err(WriteError::NoFiles { path: writer.dir.shown().to_owned(), need, have });
+        }
         writer.keep.store(writer.dir.unfinished(), Ordering::Relaxed);
         let mut found = found;
         let mut left = layout.file_bytes();
@@ -152,7 +192,7 @@ impl CheckpointWriter {
             lock(&writer.made).push(temporary.clone());
             fault::point("shard.reserve")
                 .map_err(|source| WriteError::writing(&temporary, "reserve space", left, source))?;
-            reserve(&temporary, &file, shard.file_bytes, left)?;
+            writer.reserved &= reserve(&temporary, &file, shard.file_bytes, left)?;
             fault::point("shard.header")
                 .and_then(|()| file.write_all_at(&shard.header, 0))
                 .map_err(|source| WriteError::writing(&temporary, "write the header", left, source))?;
@@ -189,7 +229,10 @@ impl CheckpointWriter {
         for entry in fs::read_dir(directory).map_err(refuse("list the output directory"))? {
             let entry = entry.map_err(refuse("list the output directory"))?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if name != super::output_dir::LOCK_NAME && name != JOURNAL_NAME && !finals.contains_key(&name) {
+            let ours = [super::output_dir::LOCK_NAME, JOURNAL_NAME].contains(&name.as_str())
+                || finals.contains_key(&name)
+                || snapshot::is_state(&name);
+            if !ours {
                 anew.push(entry.path());
             }
         }
@@ -273,11 +316,12 @@ impl CheckpointWriter {
     /// # Errors
     /// As for [`Journal::create`].
     pub fn start_journal(&self, key: RunKey, journal: Option<Journal>) -> Result<(), WriteError> {
+        // Ours from now on, also where it cannot be written to its end.
+        lock(&self.made).push(self.path().join(JOURNAL_NAME));
         let journal = match journal {
             Some(journal) => journal,
             None => Journal::create(self.path(), key)?,
         };
-        lock(&self.made).push(self.path().join(JOURNAL_NAME));
         *lock(&self.journal) = Some(journal);
         Ok(())
     }
@@ -290,9 +334,56 @@ impl CheckpointWriter {
         }
     }
 
+    /// Reserves `bytes` for the side files and some more for index and report, so that a full disk or a quota shows before
+    /// the work; [`CheckpointWriter::finish`] gives them free for these files.
+    ///
+    /// # Errors
+    /// [`WriteError::NoSpace`], [`WriteError::Io`].
+    pub fn reserve_side_files(&self, bytes: u64) -> Result<(), WriteError> {
+        let need = bytes.saturating_add(SPARE_BYTES);
+        if let Some(have) = free_bytes(self.path())
+            && have < need
+        {
+            let path = self.dir.shown().to_owned();
+            return Err(WriteError::NoSpace { path, need, have: Some(have), source: None });
+        }
+        let (path, file) = side::create_temporary(self.path(), SPARE_NAME)?;
+        lock(&self.made).push(path.clone());
+        fault::point("spare.reserve")
+            .map_err(|source| WriteError::writing(&path, "reserve space", need, source))?;
+        reserve(&path, &file, need, need).map(|_| ())
+    }
+
+    /// Keeps states of solves that take long from now on, `bytes` at most at a time, if there is room for them beside the
+    /// checkpoint. `run`: hash of the run's key, so that no other run goes on from them.
+    pub fn keep_solves(&mut self, run: u128, bytes: u64) {
+        let rest = if self.reserved { 0 } else { self.layout.file_bytes() };
+        let need = bytes.saturating_add(rest).saturating_add(SPARE_BYTES);
+        let store = SolveStore::open(self.dir.path(), run, |tensor| self.resumed(tensor));
+        match free_bytes(self.dir.path()) {
+            Some(have) if bytes > 0 && have < need => {
+                let (need, have) = (Bytes(need), Bytes(have));
+                tracing::warn!(
+                    "no room for the states of long solves (need {need}, have {have}): a run that ends early can be \
+                     continued tensor by tensor only"
+                );
+                store.clear();
+            }
+            _ => self.solves = Some(store),
+        }
+    }
+
+    /// Where the states of a tensor's solves are kept, if they are.
+    pub fn solve_place<'a>(&'a self, tensor: usize, name: &'a str) -> Option<SolvePlace<'a>> {
+        Some(self.solves.as_ref()?.place(tensor, name))
+    }
+
     /// Takes note that `tensor` is done, with what a run that continues wants to know of it. It enters the journal with the
-    /// next [`CheckpointWriter::commit`] that finds all its bytes written.
+    /// next [`CheckpointWriter::commit`] that finds all its bytes written. One that an earlier run has written is there.
     pub fn record(&self, tensor: usize, done: serde_json::Value) {
+        if self.resumed(tensor) {
+            return;
+        }
         lock(&self.pending).push((tensor, done));
     }
 
@@ -322,6 +413,9 @@ impl CheckpointWriter {
         }
         if !records.is_empty() {
             journal.append(&records)?;
+        }
+        if let Some(solves) = &self.solves {
+            records.iter().for_each(|record| solves.remove(record.tensor));
         }
         Ok(records.len())
     }
@@ -370,7 +464,7 @@ impl CheckpointWriter {
     }
 
     /// Writes `bytes`, encoded as they are to be stored, at `offset` bytes into tensor number `tensor`.
-    /// Pieces of about 4 MiB are fastest.
+    /// Pieces of about 4 MiB are fastest. What an earlier run has written stays as it is: the bytes are the same.
     ///
     /// # Errors
     /// [`WriteError::OutOfRange`] if they do not fit the tensor; [`WriteError::NoSpace`] or
@@ -399,7 +493,7 @@ impl CheckpointWriter {
                 });
             }
         };
-        if length == 0 {
+        if length == 0 || self.resumed[tensor] {
             return Ok(());
         }
         let shard = &self.shards[number];
@@ -495,6 +589,8 @@ impl CheckpointWriter {
         }
         self.sync()?;
         self.dir.sync_created()?;
+        // The place of what comes now, if it was reserved.
+        let _ = fs::remove_file(self.path().join(side::temporary_name(SPARE_NAME)));
         let mut first = before_index.iter().map(|file| self.stage(file)).collect::<Result<Vec<_>, _>>()?;
         let index = match self.layout.index_json() {
             Some(bytes) => Some(self.stage(&SideFile::new(INDEX_NAME, bytes))?),
@@ -520,6 +616,9 @@ impl CheckpointWriter {
         if lock(&self.journal).take().is_some() {
             // Complete without it: a name that stays is in nobody's way.
             let _ = fs::remove_file(self.path().join(JOURNAL_NAME));
+        }
+        if let Some(solves) = &self.solves {
+            solves.clear();
         }
         self.dir.keep();
         let files: Vec<WrittenFile> = (self.layout.shards().iter())
@@ -602,6 +701,9 @@ impl Drop for CheckpointWriter {
             for path in made {
                 let _ = fs::remove_file(path);
             }
+            if let Some(solves) = &self.solves {
+                solves.clear();
+            }
             return;
         }
         // Only shards and journal stay, the shards under names that promise nothing.
@@ -624,11 +726,12 @@ impl Drop for CheckpointWriter {
 }
 
 /// Reserves the file's blocks, so that a full disk shows now. File systems that cannot are written to as
-/// they are. `left` is what this and the following shards need.
-pub(super) fn reserve(path: &Path, file: &File, bytes: u64, left: u64) -> Result<(), WriteError> {
+/// they are; then it gives false. `left` is what this and the following shards need.
+pub(super) fn reserve(path: &Path, file: &File, bytes: u64, left: u64) -> Result<bool, WriteError> {
     loop {
         match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, bytes) {
-            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(()),
+            Ok(()) => return Ok(true),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(false),
             Err(Errno::INTR) => {}
             Err(error) => {
                 return Err(WriteError::writing(path, "reserve space", left, error.into()));
@@ -651,15 +754,18 @@ struct Coverage {
     partial: HashMap<usize, (Vec<Range<u64>>, Assembler)>,
     /// Of complete tensors, unless something was written twice.
     checksums: Vec<Option<Checksum>>,
+    /// Bytes of pieces written in part that may still be held.
+    room: u64,
 }
 
 impl Coverage {
-    fn new(layout: &OutputLayout) -> Self {
+    fn new(layout: &OutputLayout, room: u64) -> Self {
         let empty = |spec: &TensorSpec| if spec.bytes == 0 { Assembler::new(0).finish(spec) } else { None };
         Self {
             complete: layout.specs().iter().map(|spec| spec.bytes == 0).collect(),
             partial: HashMap::new(),
             checksums: layout.specs().iter().map(empty).collect(),
+            room,
         }
     }
 
@@ -671,7 +777,7 @@ impl Coverage {
         let (pieces, assembler) =
             self.partial.entry(tensor).or_insert_with(|| (Vec::new(), Assembler::new(spec.bytes)));
         insert(pieces, piece);
-        assembler.add(hashed, spec.bytes);
+        assembler.add(hashed, spec.bytes, &mut self.room);
         if matches!(pieces.as_slice(), [all] if *all == (0..spec.bytes)) {
             self.checksums[tensor] = assembler.finish(spec);
             self.set_complete_at(tensor);
@@ -685,7 +791,9 @@ impl Coverage {
 
     fn set_complete_at(&mut self, tensor: usize) {
         self.complete[tensor] = true;
-        self.partial.remove(&tensor);
+        if let Some((_, mut assembler)) = self.partial.remove(&tensor) {
+            assembler.give_up(&mut self.room);
+        }
     }
 
     fn check_complete(&self, layout: &OutputLayout) -> Result<(), WriteError> {

@@ -161,7 +161,9 @@ fn large_weights_are_added_to_by_tiles() {
     close(&merged.values("h.0.w.weight"), &added(&base.values(), &product(&a, &b, 1.0)));
     let plan = scratch.plan(&World::config("l"), &[]);
     let block = &plan["blocks"][0];
-    assert_eq!(block["memory_bytes"], 4 * rank * (rows + columns), "the factors are held");
+    // The factors, and the hashes of the output's pieces.
+    let hashes = 33 * (4 * rows * columns / (64 << 10));
+    assert_eq!(block["memory_bytes"], 4 * rank * (rows + columns) + hashes);
     assert_eq!(block["bytes_read"], 4 * (rows * columns + rank * (rows + columns)));
     assert_eq!(merged.parameter("h.0.w.weight")["bytes_read"], block["bytes_read"]);
 }

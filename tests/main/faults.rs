@@ -1,19 +1,43 @@
 //! What goes wrong while a merge runs, one test for each row of the matrix of faults (`f03_…` is its row F3).
 //!
 //! Whatever happens, nothing stands under a final name before it is complete, and `--resume` ends in the bytes of a run
-//! that nothing happened to. F9's power cut is checked by the order of system calls; F15 (a worker of a cluster) is F1 here.
+//! that nothing happened to. F9's power cut is checked by the order of system calls.
 
 mod inputs;
 mod journal;
 mod kill;
 mod preload;
+mod solve;
 mod space;
+mod sweep;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use crate::util::{Output, Random, Scratch, Statistics, Tensor, models};
+
+/// Every row of both matrices, B1 to B32 and F1 to F15, has a test of its name.
+#[test]
+fn every_row_has_a_test() {
+    fn collect(directory: &Path, text: &mut String) {
+        for entry in fs::read_dir(directory).expect("list a directory") {
+            let path = entry.expect("list a directory").path();
+            if path.is_dir() {
+                collect(&path, text);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                text.push_str(&fs::read_to_string(path).expect("read a file"));
+            }
+        }
+    }
+    let mut text = String::new();
+    collect(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/main")), &mut text);
+    for (row, last) in [('b', 32), ('f', 15)] {
+        for number in 1..=last {
+            assert!(text.contains(&format!("fn {row}{number:02}_")), "row {row}{number} has no test");
+        }
+    }
+}
 
 const ARGS: [&str; 6] = ["merge", "c.yml", "--out", "out", "--progress", "none"];
 

@@ -7,6 +7,7 @@ mod adapters;
 mod algebra;
 mod cli;
 mod config;
+mod dependencies;
 mod elementwise;
 mod faults;
 mod hostile;

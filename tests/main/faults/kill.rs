@@ -53,10 +53,11 @@ fn f01_killed_at_random_times_it_resumes_to_the_same_bytes() {
 }
 
 /// Every step that writes, and the times at which it is made to fail.
-const POINTS: [(&str, &[u32]); 16] = [
+const POINTS: [(&str, &[u32]); 17] = [
     ("temporary.create", &[1, 2]),
     ("shard.reserve", &[1, 3]),
     ("shard.header", &[2]),
+    ("spare.reserve", &[1]),
     ("journal.create", &[1]),
     ("journal.write", &[1, 2]),
     ("journal.fsync", &[1, 2]),
@@ -168,6 +169,38 @@ fn f11_interrupted_twice_it_resumes_to_the_same_bytes() {
     }
     assert_eq!(run(&scratch, &["--resume"], "").code, 0);
     assert_same(&scratch, &expected, "interrupted twice");
+}
+
+/// A cluster's scheduler kills a worker in the middle of a write, starts the same command on the same directory again, now
+/// and then twice at a time, and does not know whether it ever finished: the command is the same each time, and so is what
+/// comes of it.
+#[test]
+fn f15_a_worker_that_is_requeued_ends_in_the_same_bytes() {
+    let scratch = world();
+    let expected = clean(&scratch);
+    let args = [&ARGS[..], &["--resume", "--out-shard-size", "3kB", "--threads", "2"]].concat();
+    let pause = scratch.join("paused");
+    for _ in 0..3 {
+        let mut command = scratch.command(&args);
+        // Whatever others write meanwhile, this one tensor is never complete.
+        command.env("MATS_STREAM_FAIL", "commit.often=;shard.write=pause@1").env("MATS_STREAM_PAUSE", &pause);
+        let mut first = command.stderr(Stdio::null()).spawn().expect("start the binary");
+        until_exists(&pause);
+        // Started too early: told to wait, and nothing is touched.
+        let second = scratch.run(&args);
+        assert_eq!(second.code, 75, "{}", second.stderr);
+        first.kill().expect("kill the binary");
+        first.wait().expect("wait for the binary");
+        std::fs::remove_file(&pause).expect("nobody waits for it");
+        assert_nothing_half(&scratch, &expected, "killed");
+    }
+    let requeued = scratch.run(&args);
+    assert_eq!(requeued.code, 0, "{}", requeued.stderr);
+    assert_same(&scratch, &expected, "requeued");
+    let report = std::fs::read(scratch.join("out/merge_report.json")).expect("there");
+    let again = scratch.run(&args);
+    assert_eq!(again.code, 0, "{}", again.stderr);
+    assert_eq!(std::fs::read(scratch.join("out/merge_report.json")).expect("there"), report);
 }
 
 pub(super) fn until_exists(path: &std::path::Path) {

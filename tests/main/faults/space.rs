@@ -61,6 +61,48 @@ fn f03_a_full_file_system_is_seen_before_anything_is_made() {
 }
 
 #[test]
+fn f03_room_for_the_side_files_is_reserved_before_the_work() {
+    let scratch = four_mebibytes();
+    scratch.write("a/tokenizer.json", vec![b' '; 3 << 20]);
+    let small = scratch.join("small");
+    let args = ["merge", "c.yml", "--out", "small/out", "--progress", "none"];
+    let Some(_mounted) = Tmpfs::mount(&small, "7m") else { return };
+    let output = scratch.run_with(&args, &[("MATS_STREAM_FAIL", "shard.write=kill@1")]);
+    assert_eq!(output.code, 5, "not one tensor is written: {}", output.stderr);
+    assert!(error_line(&output).contains("need 4.0 MiB"), "{}", output.stderr);
+    assert_eq!(fs::read_dir(&small).expect("list").count(), 0, "nothing is left");
+    drop(_mounted);
+    let Some(_mounted) = Tmpfs::mount(&small, "9m") else { return };
+    let output = scratch.run(&args);
+    assert_eq!(output.code, 0, "{}", output.stderr);
+}
+
+#[test]
+fn f03_a_file_system_without_room_for_files_is_seen_before_anything_is_made() {
+    let scratch = four_mebibytes();
+    let small = scratch.join("small");
+    let Some(_mounted) = Tmpfs::mount(&small, "64m,nr_inodes=20") else { return };
+    let output = scratch.run(&["merge", "c.yml", "--out", "small/out", "--progress", "none"]);
+    assert_eq!(output.code, 5, "{}", output.stderr);
+    assert!(error_line(&output).contains("need 33 new files"), "{}", output.stderr);
+    assert_eq!(fs::read_dir(&small).expect("list").count(), 0, "nothing is left");
+}
+
+/// Reserving blocks is what a quota is asked by: it says no before the work, and the free space says nothing about it.
+#[test]
+fn f03_a_quota_is_seen_before_the_work() {
+    let scratch = four_mebibytes();
+    for point in ["shard.reserve", "spare.reserve"] {
+        let fail = format!("{point}=edquot;shard.write=kill@1");
+        let output = scratch.run_with(&ARGS, &[("MATS_STREAM_FAIL", &fail)]);
+        assert_eq!(output.code, 5, "not one tensor is written: {}", output.stderr);
+        let line = error_line(&output);
+        assert!(line.contains("have an unknown amount") && line.contains("uota exceeded"), "{line}");
+        assert!(!scratch.join("out").exists(), "nothing is left");
+    }
+}
+
+#[test]
 fn f03_a_disk_that_fills_up_meanwhile_ends_with_5_and_resumes() {
     let scratch = four_mebibytes();
     let small = scratch.join("small");

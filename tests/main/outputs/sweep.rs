@@ -441,7 +441,7 @@ fn a_failure_leaves_nothing() {
 }
 
 #[test]
-fn an_interrupted_sweep_leaves_nothing() {
+fn an_interrupted_sweep_has_nothing_under_a_final_name() {
     let world = World::new(3, true);
     let scratch = &world.scratch;
     let head = format!(
@@ -469,5 +469,7 @@ fn an_interrupted_sweep_leaves_nothing() {
     kill_process(pid, Signal::TERM).expect("send a signal");
     let status = wait(&mut child, Instant::now() + Duration::from_secs(20)).expect("the signal ends it");
     assert_eq!(code(status), 143);
-    assert!(!scratch.join("out").exists());
+    for name in names(&scratch.join("out")) {
+        assert!(name.starts_with(".mats-stream-"), "{name} stands under a final name");
+    }
 }
