@@ -6,7 +6,7 @@
 //! the central header may disagree, entries may overlap, anything may stand before, between and after them. Nothing
 //! is ever decompressed, so there is no such thing as a bomb; no name is ever used as a path.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::file::InputFile;
@@ -50,7 +50,7 @@ impl Entry {
 /// All entries, by name.
 #[derive(Debug)]
 pub(super) struct Archive {
-    entries: HashMap<String, Entry>,
+    entries: BTreeMap<String, Entry>,
 }
 
 fn malformed(file: &InputFile, detail: String) -> ReadError {
@@ -93,7 +93,7 @@ impl Archive {
     pub(super) fn open(file: &InputFile) -> Result<Self, ReadError> {
         let directory = find_directory(file)?;
         let records = read_directory(file, &directory)?;
-        let mut entries = HashMap::with_capacity(records.len());
+        let mut entries = BTreeMap::new();
         // In the order of the file, so that holes and overlaps show.
         let mut end = 0;
         let mut trailing = false;
