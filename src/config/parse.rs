@@ -325,6 +325,7 @@ impl Shared<'_> {
     /// Reads a round; `outer` is the round that it starts, `None` at the top level.
     fn round(&self, scope: &Scope<'_>, outer: Option<Unmatched>) -> Result<Round, ConfigError> {
         let (method, line) = method(scope, self.extra)?;
+        let method = if method == Method::Mats && self.is_data_free(scope) { Method::Wudi } else { method };
         let subspace = self.subspace(scope, method)?;
         let parameters = match scope.field("parameters") {
             Some(field) => parameters(&field, method, false)?,
@@ -374,6 +375,16 @@ impl Shared<'_> {
             self.check_models(scope, &round, definition)?;
         }
         Ok(round)
+    }
+
+    /// Whether nothing but task vectors can say how to merge: no statistics at all, a base, and nothing else asked for. For
+    /// `mats` the system made of them, as in `wudi`, then stands for the Grams: 10 points of normalised accuracy above the
+    /// plain average that unmatched parameters get (`benches/quality`).
+    fn is_data_free(&self, scope: &Scope<'_>) -> bool {
+        let asked = ["subspace", "initial", "solver", "unmatched", "sweep"];
+        self.base.is_some()
+            && self.models.iter().all(|model| model.statistics.is_empty())
+            && asked.iter().all(|key| scope.field(key).is_none())
     }
 
     /// As many models as an elementwise method takes, and each one's parameters that have no default.

@@ -160,6 +160,29 @@ fn regmean_weighs_models() {
 }
 
 #[test]
+fn mats_without_statistics_is_wudi_where_there_is_a_base() {
+    let world = World::new(3, 9);
+    let models = "models: [{ model: m0 }, { model: m1 }, { model: m2 }]\n";
+    let merge = |head: &str, out: &str| world.scratch.merge(&format!("{head}\n{models}"), out, &[]);
+    let expected = merge("merge_method: wudi\nbase_model: base", "expected");
+    let free = merge("merge_method: mats\nbase_model: base", "free");
+    for name in WEIGHTS.iter().map(|(name, _, _)| *name).chain([EMBEDDING, NORM]) {
+        assert_eq!(free.values(name), expected.values(name), "{name}");
+    }
+    // Without a base, or where something else is asked for, what has no statistics is unmatched.
+    for (out, head) in [
+        ("no_base", "merge_method: mats"),
+        ("unmatched", "merge_method: mats\nbase_model: base\nunmatched: average"),
+        ("auto", "merge_method: mats\nbase_model: base\nsubspace: auto"),
+    ] {
+        let merged = merge(head, out);
+        for (name, _, _) in WEIGHTS {
+            assert_eq!(merged.parameter(name)["method"], "average", "{out} {name}");
+        }
+    }
+}
+
+#[test]
 fn wudi_and_actmat_solve_with_task_vectors() {
     let world = World::new(3, 9);
     for (out, head, normalised, ridge) in [
