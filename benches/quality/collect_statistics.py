@@ -1,0 +1,61 @@
+"""Statistics of the fine-tuned models, by the project's own collector (`python/mats_stream`).
+
+Called by run.py for what the cache lacks. Two files a model: the Grams that RegMean and K-FAC need, and the diagonal
+Fisher; both on the first `EXAMPLES` training examples, with the collector's defaults, which are the paper's.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from model import Pretrained, encode, load_merged, pooled, sorted_batches
+from tasks import Task
+
+try:
+    from mats_stream import collect, log_likelihood
+except ImportError:  # not installed: the copy of this checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
+    from mats_stream import collect, log_likelihood
+
+EXAMPLES = 1000
+BATCH = 64
+FILES = {"grams.safetensors": ("input_gram", "output_gram"), "fisher.safetensors": ("fisher_diagonal",)}
+
+
+def collect_statistics(pretrained: Pretrained, task: Task, model: Path) -> None:
+    """Writes `model/statistics/{grams,fisher}.safetensors` where they are missing."""
+    directory = model / "statistics"
+    directory.mkdir(exist_ok=True)
+    missing = {name: kinds for name, kinds in FILES.items() if not (directory / name).exists()}
+    if not missing:
+        return
+    encoder = pretrained.encoder()
+    load_merged(encoder, model)
+    head = load_file(str(model / "head" / "head.safetensors"))
+    part = task.train[:EXAMPLES]
+    texts, labels = zip(*part)
+    batches = [
+        {"input_ids": b.ids, "attention_mask": b.mask, "labels": b.labels}
+        for b in sorted_batches(encode(pretrained.tokenizer, texts, task.max_tokens), labels, BATCH)
+    ]
+
+    def likelihood(watched: nn.Module, batch: dict[str, Tensor], _sampler: object = None) -> Tensor:
+        features = pooled(watched, batch["input_ids"], batch["attention_mask"])
+        logits = nn.functional.linear(features, head["weight"], head["bias"])
+        return log_likelihood(logits, batch["labels"], "mean")
+
+    for name, kinds in missing.items():
+        start = time.monotonic()
+        partial = directory / f"{name}.part"
+        statistics = collect(encoder, batches, likelihood, kinds=kinds, modules=r"^encoder\.",
+                             metadata={"model": task.name, "data": f"{task.name}, first {EXAMPLES} training examples"})
+        statistics.save(partial)
+        partial.rename(directory / name)
+        print(f"statistics: {model.name}/{name}: {time.monotonic() - start:.0f} s, torch {torch.__version__}",
+              file=sys.stderr, flush=True)
