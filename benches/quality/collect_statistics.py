@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,21 +17,24 @@ from model import Pretrained, encode, load_merged, pooled, sorted_batches
 from tasks import Task
 
 try:
-    from mats_stream import collect, log_likelihood
+    from mats_stream import Statistics, collect, log_likelihood
 except ImportError:  # not installed: the copy of this checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
-    from mats_stream import collect, log_likelihood
+    from mats_stream import Statistics, collect, log_likelihood
 
-EXAMPLES = 1000
+EXAMPLES = 500
 BATCH = 64
-FILES = {"grams.safetensors": ("input_gram", "output_gram"), "fisher.safetensors": ("fisher_diagonal",)}
+KINDS = {"grams": ("input_gram", "output_gram"), "fisher": ("fisher_diagonal",)}
+
+
+def statistics_file(model: Path, kind: str) -> Path:
+    """Where a model's `grams` or `fisher` are; the number of examples is part of the name, so that another is another."""
+    return model / f"statistics-{EXAMPLES}" / f"{kind}.safetensors"
 
 
 def collect_statistics(pretrained: Pretrained, task: Task, model: Path) -> None:
-    """Writes `model/statistics/{grams,fisher}.safetensors` where they are missing."""
-    directory = model / "statistics"
-    directory.mkdir(exist_ok=True)
-    missing = {name: kinds for name, kinds in FILES.items() if not (directory / name).exists()}
+    """Writes the files of [`statistics_file`] that are missing."""
+    missing = {kind: kinds for kind, kinds in KINDS.items() if not statistics_file(model, kind).exists()}
     if not missing:
         return
     encoder = pretrained.encoder()
@@ -50,12 +52,13 @@ def collect_statistics(pretrained: Pretrained, task: Task, model: Path) -> None:
         logits = nn.functional.linear(features, head["weight"], head["bias"])
         return log_likelihood(logits, batch["labels"], "mean")
 
-    for name, kinds in missing.items():
-        start = time.monotonic()
-        partial = directory / f"{name}.part"
+    for kind, kinds in missing.items():
+        start, path = time.monotonic(), statistics_file(model, kind)
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".part")
         statistics = collect(encoder, batches, likelihood, kinds=kinds, modules=r"^encoder\.",
                              metadata={"model": task.name, "data": f"{task.name}, first {EXAMPLES} training examples"})
+        partial.unlink(missing_ok=True)
         statistics.save(partial)
-        partial.rename(directory / name)
-        print(f"statistics: {model.name}/{name}: {time.monotonic() - start:.0f} s, torch {torch.__version__}",
-              file=sys.stderr, flush=True)
+        partial.rename(path)
+        print(f"statistics: {model.name}, {kind}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)

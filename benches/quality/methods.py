@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence
 
-from mats_stream import Statistics  # collect_statistics.py sees to it that it is found
+from collect_statistics import Statistics, statistics_file
 
 Config = dict[str, Any]
 ITERATIONS = [10, 30, 60, 100]
@@ -54,7 +54,7 @@ class Inputs:
         models = []
         for name, path in self.models.items():
             entry: Config = {"model": str(path)}
-            files = [str(path / "statistics" / f"{kind}.safetensors") for kind in method.statistics]
+            files = [str(statistics_file(path, kind)) for kind in method.statistics]
             if files:
                 entry["statistics"] = files
             if run.normalised:
@@ -83,7 +83,7 @@ _TRACES: dict[Path, dict[str, float]] = {}
 def kfac_traces(model: Path) -> dict[str, float]:
     """tr(A)·tr(G) of every parameter that has both."""
     if model not in _TRACES:
-        statistics = Statistics.load(model / "statistics" / "grams.safetensors")
+        statistics = Statistics.load(statistics_file(model, "grams"))
         parameters = sorted({key.rsplit("/", 1)[0] for key in statistics if key.endswith("/output_gram")})
         _TRACES[model] = {
             p: float(statistics.dense(p, "input_gram").double().trace() * statistics.dense(p, "output_gram").double().trace())
@@ -114,7 +114,7 @@ def methods(ta_weight: float) -> Sequence[Method]:
         Method("average", (Run({"merge_method": "linear"}),)),
         Method("TIES", (Run({"merge_method": "ties", "parameters": {"weight": 1.0, "density": 0.2, "scope": "model"}},
                             {"parameters.lambda": [0.5, 1.0, 1.5, 2.0]}),), note="density 0.2 over the whole model"),
-        Method("PCB", (Run({"merge_method": "pcb", "parameters": {"weight": 1.0, "density": 0.2, "scope": "model"}},
+        Method("PCB", (Run({"merge_method": "pcb", "parameters": {"density": 0.2, "scope": "model"}},
                            {"parameters.weight": [0.6, 1.0, 1.5, 2.0]}),), note="density 0.2 over the whole model"),
         Method("Iso-C", (Run({"merge_method": "iso_c"}, {"parameters.lambda": [0.7, 1.0, 1.5, 2.0]}),)),
         Method("TSV-M", (Run({"merge_method": "tsv_m"}, {"parameters.lambda": [0.6, 0.8, 1.0, 1.2]}),)),

@@ -73,9 +73,10 @@ class Seed:
     evaluator: Evaluator
 
 
-def prepare(cache: Path, seeds: Sequence[int], tasks: Sequence[Task], pretrained: Pretrained, arguments: argparse.Namespace,
-            ) -> list[Seed]:
-    """Trains and collects what the cache lacks."""
+def prepare(cache: Path, seeds: Sequence[int], tasks: Sequence[Task], pretrained: Pretrained,
+            arguments: argparse.Namespace) -> list[Seed]:
+    """Trains and collects what the cache lacks and the methods need."""
+    statistics = any(method.statistics for method in wanted_methods(0.0, arguments))
     base = cache / "models" / "base"
     if not (base / "config.json").exists():
         pretrained.save_base(base)
@@ -87,12 +88,18 @@ def prepare(cache: Path, seeds: Sequence[int], tasks: Sequence[Task], pretrained
             path = cache / "models" / f"{task.name}-{number}-{key}"
             if not path.exists():
                 finetune(pretrained, task, number, path)
-            collect_statistics(pretrained, task, path)
+            if statistics:
+                collect_statistics(pretrained, task, path)
             models[task.name] = path
         inputs = Inputs(base, models)
         prepared.append(Seed(number, models, inputs, Merger(arguments.binary, inputs, cache, arguments.threads),
                              Evaluator(pretrained, tasks, models, cache)))
     return prepared
+
+
+def wanted_methods(weight: float, arguments: argparse.Namespace) -> list[Method]:
+    """Those that `--methods` lets through."""
+    return [method for method in methods(weight) if re.search(arguments.methods, method.name)]
 
 
 def validate(method: Method, seeds: Sequence[Seed]) -> Row:
@@ -199,8 +206,7 @@ def main() -> None:
             choose(first, Reference("", individual.validation[:1], []))
             weight = float(first.settings[first.chosen].name.split("=")[1])
         log(f"task arithmetic as a start: weight {weight}")
-        wanted = [m for m in methods(weight) if re.search(arguments.methods, m.name)]
-        rows = [arithmetic, *(validate(method, seeds) for method in wanted)]
+        rows = [arithmetic, *(validate(method, seeds) for method in wanted_methods(weight, arguments))]
         if arguments.validate_only:
             return
         for row in rows:
