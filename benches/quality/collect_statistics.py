@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from model import Pretrained, encode, load_merged, pooled, sorted_batches
 from tasks import Task
 
+__all__ = ["EXAMPLES", "Statistics", "collect_statistics", "statistics_file"]
+
 try:
     from mats_stream import Statistics, collect, log_likelihood
 except ImportError:  # not installed: the copy of this checkout

@@ -7,6 +7,7 @@ not run twice, whatever config made them, and another byte is another model.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Sequence
@@ -94,6 +95,6 @@ class Evaluator:
             known = batch.labels.clamp_min(0)
             loss = torch.nn.functional.cross_entropy(logits, known, reduction="none")
             nll[index] = torch.where(batch.labels >= 0, loss, torch.tensor(float("nan"))).numpy()
-        partial = store.with_suffix(".part.npz")
+        partial = store.with_suffix(f".{os.getpid()}.part.npz")
         np.savez(partial, correct=correct, nll=nll)
         partial.rename(store)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -112,7 +113,7 @@ class Merger:
         else:
             names = json.loads((directory / "sweep.json").read_text())["runs"]
             found = [_describe(directory / entry["directory"], _setting(run, entry["name"])) for entry in names]
-        partial = record.with_suffix(".part")
+        partial = record.with_suffix(f".{os.getpid()}.part")
         partial.write_text(json.dumps([asdict(merged) for merged in found], indent=1) + "\n")
         partial.rename(record)
         return found

@@ -6,7 +6,7 @@ models; every merged model of a method is a setting of it. All merging is done b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence
 
@@ -39,7 +39,7 @@ class Method:
     statistics: tuple[str, ...] = ()
     note: str = ""
     axis: str = ""  # `iterations` or `ridge`: drawn in a plot
-    default: bool = field(default=False)  # untouched: nothing but `merge_method`
+    default: bool = False  # untouched: nothing but `merge_method`
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,9 @@ def methods(ta_weight: float) -> Sequence[Method]:
         Method("kfac by trace, ridge, from wudi 0.3", (
             _kfac(pcg, WUDI, {"solver.ridge": [0.1, 1.0, 10.0]}, normalised=True),), grams,
                "each model's factors scaled to the mean trace", "ridge"),
+        Method("kfac, ridge, from Iso-C 1.5", (
+            _kfac(pcg, {"merge_method": "iso_c", "parameters": {"lambda": 1.5}}, {"solver.ridge": [0.1, 1.0]}),), grams,
+               axis="ridge"),
         Method("kfac, ridge, from TSV-M", (_kfac(pcg, {"merge_method": "tsv_m"}, {"solver.ridge": [0.1, 1.0, 10.0]}),), grams,
                axis="ridge"),
         Method("default, no statistics", (Run({"merge_method": "mats"}),), default=True),

@@ -23,12 +23,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch  # noqa: E402  after the environment is set
 
 from collect_statistics import collect_statistics  # noqa: E402
-from evaluate import Evaluator, Outcome  # noqa: E402
+from evaluate import SPLITS, Evaluator, Outcome  # noqa: E402
 from fetch import SOURCES, FetchError, fetch  # noqa: E402
 from finetune import cache_key, finetune  # noqa: E402
 from merging import Merged, MergeFailed, Merger, log  # noqa: E402
 from methods import Inputs, Method, methods, task_arithmetic  # noqa: E402
 from model import Pretrained  # noqa: E402
+from report import write  # noqa: E402
 from scores import normalised, stack  # noqa: E402
 from tasks import Task, load_tasks  # noqa: E402
 
@@ -151,7 +152,7 @@ def time_alone(row: Row, seed: Seed) -> None:
         at += len(found)
 
 
-def references(seeds: Sequence[Seed]) -> list[Reference]:
+def references(seeds: Sequence[Seed], splits: Sequence[str]) -> list[Reference]:
     """The individual models on their own tasks, and the pretrained encoder under every head."""
     def own(seed: Seed, split: str) -> Outcome:
         outcome = Outcome({}, {})
@@ -161,11 +162,14 @@ def references(seeds: Sequence[Seed]) -> list[Reference]:
             outcome.nll.update(one.nll)
         return outcome
 
-    return [
-        Reference("individual", [own(s, "validation") for s in seeds], [own(s, "test") for s in seeds]),
-        Reference("pretrained", [s.evaluator.run(s.inputs.base, None, "validation") for s in seeds],
-                  [s.evaluator.run(s.inputs.base, None, "test") for s in seeds]),
-    ]
+    def pretrained(seed: Seed, split: str) -> Outcome:
+        return seed.evaluator.run(seed.inputs.base, None, split)
+
+    found = []
+    for name, run in (("individual", own), ("pretrained", pretrained)):
+        outcomes = {split: [run(seed, split) for seed in seeds] for split in splits}
+        found.append(Reference(name, outcomes["validation"], outcomes.get("test", [])))
+    return found
 
 
 def arguments_of(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -198,7 +202,7 @@ def main() -> None:
         pretrained = Pretrained.read(paths["minilm"])
         numbers = [int(n) for n in arguments.seeds.split(",")]
         seeds = prepare(cache, numbers, tasks, pretrained, arguments)
-        individual, pretrained_row = references(seeds)
+        individual, pretrained_row = references(seeds, SPLITS[:1] if arguments.validate_only else SPLITS)
         arithmetic = validate(task_arithmetic(), seeds)
         weight = arguments.start_weight
         if weight is None:
@@ -215,8 +219,6 @@ def main() -> None:
             log(f"{row.method.name}: {row.settings[row.chosen].name or 'as it is'}")
             if arguments.alone:
                 time_alone(row, seeds[0])
-        from report import write
-
         write(arguments.out, tasks, numbers, [individual, pretrained_row], rows, weight)
         for seed in seeds:
             seed.merger.clean()
