@@ -90,6 +90,7 @@ class Merger:
         self.records.mkdir(exist_ok=True)
         self.work.mkdir(exist_ok=True)
         self.version = _digest(binary)
+        self.made: list[Path] = []
 
     def run(self, method: Method, run: Run, *, alone: Optional[dict[str, float]] = None) -> list[Merged]:
         """Every setting of a run; `alone`: only that one of the sweep, as a config of its own, to time it.
@@ -143,6 +144,7 @@ class Merger:
 
     def _merge(self, config: dict[str, Any], key: str, directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
+        self.made.append(directory)
         path = self.work / f"{key}.yml"
         # Through JSON, so that what two rounds share is written twice and not as a YAML alias.
         path.write_text(yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False))
@@ -153,10 +155,10 @@ class Merger:
             raise MergeFailed(f"{' '.join(command)}: exit {done.returncode}\n{done.stderr.strip()}")
 
     def clean(self) -> None:
-        """Removes all merged weights; the records stay."""
-        if self.work.exists():
-            shutil.rmtree(self.work)
-            self.work.mkdir()
+        """Removes the weights that this process merged; the records stay, and what another process works on, too."""
+        for directory in self.made:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.with_name(directory.name + ".yml").unlink(missing_ok=True)
 
 
 def log(text: str) -> None:
