@@ -47,8 +47,8 @@ pub enum ConfigError {
 
     /// A key that nothing reads.
     #[error(
-        "{}:{line}: {key}: unknown key (expected one of {}){}",
-        Shown(path), expected.join(", "), KeyHint { nearest: *nearest, belongs: *belongs }
+        "{}:{line}: {key}: unknown key (expected {}){}",
+        Shown(path), Keys(expected), KeyHint { nearest: *nearest, belongs: *belongs }
     )]
     UnknownKey {
         path: PathBuf,
@@ -165,6 +165,15 @@ struct Prefix<'t>(&'t str);
 impl fmt::Display for Prefix<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.0.is_empty() { Ok(()) } else { write!(f, "{}: ", self.0) }
+    }
+}
+
+/// The keys that may stand there.
+struct Keys<'a>(&'a [&'static str]);
+
+impl fmt::Display for Keys<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() { f.write_str("none here") } else { write!(f, "one of {}", self.0.join(", ")) }
     }
 }
 
