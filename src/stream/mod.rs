@@ -194,8 +194,20 @@ fn model_passes(
             (context, start)
         })
         .collect();
-    if blocks.is_empty() {
-        return Ok(None);
+    let Some((_, first)) = blocks.first() else { return Ok(None) };
+    // One threshold a model over all tensors: every tensor must have the same models.
+    if let Some((context, start)) = blocks.iter().find(|(_, start)| start.models.len() != first.models.len())
+    {
+        return Err(MergeError::Unsupported {
+            what: format!(
+                "tensor `{}`: `{}` over the whole model, of {} models here and of {} elsewhere,",
+                crate::read::escaped(context.tensor),
+                start.name,
+                start.models.len(),
+                first.models.len()
+            ),
+            hint: "give every slice the same models, or `scope: tensor`",
+        });
     }
     ModelPasses::new(blocks.iter().map(|(context, start)| (context, *start)))?.run().map(Some)
 }

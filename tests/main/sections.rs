@@ -259,3 +259,20 @@ fn modules_are_merged_each_in_its_own_way() {
     scratch.write("a/config.json", "{}");
     scratch.refuse_unread(config, &["modules.decoder", "has 5 layers now (it had 3)", "config.json"]);
 }
+
+#[test]
+fn a_threshold_over_the_whole_model_wants_the_same_models_everywhere() {
+    let world = World::new();
+    let source =
+        |model: &str, first: usize| format!("{{ model: {model}, layer_range: [{first}, {}] }}", first + 1);
+    let config = format!(
+        "merge_method: ties\nbase_model: a\nparameters: {{ scope: model, weight: 1, density: 0.5 }}\nslices:\n\
+         - sources: [{}, {}]\n- sources: [{}, {}, {}]\n",
+        source("b", 0),
+        source("a", 0),
+        source("b", 1),
+        source("b", 0),
+        source("a", 1),
+    );
+    world.scratch.refuse(&config, &["`ties` over the whole model", "scope: tensor"]);
+}
