@@ -9,6 +9,8 @@ mod buffer;
 mod gemm;
 #[allow(unsafe_code, reason = "vector intrinsics; each block says why it is sound")]
 mod micro;
+#[allow(unsafe_code, reason = "vector intrinsics; each block says why it is sound")]
+pub(crate) mod ranked;
 pub mod vector;
 #[allow(unsafe_code, reason = "one call of a function compiled for a vector unit that was found")]
 mod wide;

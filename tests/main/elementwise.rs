@@ -6,6 +6,7 @@ mod masks;
 mod oracle;
 mod random;
 mod same;
+mod sampled;
 mod spectral;
 
 use crate::util::{Random, Scratch, Tensor};

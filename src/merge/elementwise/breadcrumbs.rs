@@ -4,7 +4,7 @@
 //! leave enough. A density of 1 drops nothing.
 
 use super::combine::{
-    Combine, DENSITY, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, Rescale, WEIGHT, add_norms, trimmed_factors,
+    Combine, DENSITY, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, Rescale, WEIGHT, trimmed_factors,
 };
 use super::{Arguments, BaseUse, Counts, Definition, Elementwise, Kept, Known, Pass, Piece};
 use crate::config::{ParameterSpec, Range};
@@ -62,8 +62,8 @@ impl Elementwise for Breadcrumbs {
         self.rescale.trim_passes(&self.density)
     }
 
-    fn sums(&self, _pass: usize, piece: &mut Piece<'_>, _known: &Known, sums: &mut [f64]) {
-        add_norms(piece, sums, 0);
+    fn by_magnitude(&self, _pass: usize) -> bool {
+        true
     }
 
     fn kept(&self, _pass: usize, column: usize, counts: Counts) -> Kept {

@@ -16,8 +16,10 @@ pub(super) const INT8_MASK: ParameterSpec = ParameterSpec::boolean("int8_mask");
 pub(super) const RESCALE: ParameterSpec =
     ParameterSpec::word("rescale", &["false", "true", "l1", "inverse_probability"]);
 
-/// Elements worked on at a time, on the stack.
+/// Elements worked on at a time.
 const CHUNK: usize = 512;
+/// Elements whose election stays in registers.
+const GROUP: usize = 64;
 /// L1 norms below this are not divided by.
 const LEAST_NORM: f64 = 1e-7;
 
@@ -64,15 +66,12 @@ impl Rescale {
         }
     }
 
-    /// The passes of methods that trim, with the norms before and after it where they are needed.
+    /// The pass of methods that trim.
     pub(super) fn trim_passes(self, density: &[f64]) -> Vec<Pass> {
-        let models = density.len();
         if density.iter().all(|d| *d >= 1.0) {
             return Vec::new();
         }
-        let trim = Pass::Trim { columns: models };
-        let norms = Pass::Sums { count: models };
-        if self == Self::L1 { vec![norms, trim, norms] } else { vec![trim] }
+        vec![Pass::Trim { columns: density.len(), norms: self == Self::L1 }]
     }
 
     /// Factors from L1 norms before and after, one of each a model.
@@ -157,22 +156,61 @@ impl Combine {
 
     #[inline(always)]
     fn elect(&self, piece: &Piece<'_>, factors: &[f32], range: Range<usize>, base: &[f32], out: &mut [f32]) {
-        let [mut vote, mut divisor] = [[0.0f32; CHUNK]; 2];
-        let (vote, divisor) = (&mut vote[..out.len()], &mut divisor[..out.len()]);
-        self.add_weighted(piece, factors, &range, vote);
-        out.fill(0.0);
+        let (groups, rest) = out.as_chunks_mut::<GROUP>();
+        let (bases, base_rest) = base.as_chunks::<GROUP>();
+        let whole = groups.len() * GROUP;
+        for (k, (out, base)) in groups.iter_mut().zip(bases).enumerate() {
+            let first = range.start + k * GROUP;
+            let of = |i: usize| -> &[f32; GROUP] {
+                piece.model(i)[first..first + GROUP].try_into().expect("a whole group")
+            };
+            self.elect_group(factors, of, base, out);
+        }
+        if rest.is_empty() {
+            return;
+        }
+        // The last group, filled up.
+        let (mut last, mut filled) = ([0.0; GROUP], [0.0; GROUP]);
+        filled[..rest.len()].copy_from_slice(base_rest);
+        let of = |i: usize| {
+            let mut values = [0.0; GROUP];
+            values[..rest.len()].copy_from_slice(&piece.model(i)[range.start + whole..range.end]);
+            values
+        };
+        self.elect_group(factors, of, &filled, &mut last);
+        rest.copy_from_slice(&last[..rest.len()]);
+    }
+
+    /// So few elements that their sums stay in registers.
+    #[inline(always)]
+    fn elect_group<V: std::borrow::Borrow<[f32; GROUP]>>(
+        &self,
+        factors: &[f32],
+        of: impl Fn(usize) -> V,
+        base: &[f32; GROUP],
+        out: &mut [f32; GROUP],
+    ) {
+        let [mut vote, mut sum, mut divisor] = [[0.0f32; GROUP]; 3];
         for (i, (weight, factor)) in self.weights.iter().zip(factors).enumerate() {
-            let deltas = &piece.model(i)[range.clone()];
-            for (((sum, divisor), vote), d) in out.iter_mut().zip(&mut *divisor).zip(&*vote).zip(deltas) {
+            let deltas = of(i);
+            for (vote, d) in vote.iter_mut().zip(deltas.borrow()) {
+                *vote += (*d * *factor) * *weight;
+            }
+        }
+        for (i, (weight, factor)) in self.weights.iter().zip(factors).enumerate() {
+            let deltas = of(i);
+            for (((sum, divisor), vote), d) in
+                sum.iter_mut().zip(&mut divisor).zip(&vote).zip(deltas.borrow())
+            {
                 let value = (*d * *factor) * *weight;
                 let agrees = (*vote >= 0.0) & (value > 0.0) | (*vote < 0.0) & (value < 0.0);
                 *sum += if agrees { value } else { 0.0 };
                 *divisor += if agrees { *weight } else { 0.0 };
             }
         }
-        for ((sum, divisor), b) in out.iter_mut().zip(&*divisor).zip(base) {
+        for (((out, sum), divisor), b) in out.iter_mut().zip(&sum).zip(&divisor).zip(base) {
             let divides = self.normalize & (*divisor != 0.0);
-            *sum = *b + *sum / if divides { *divisor } else { 1.0 } * self.lambda;
+            *out = *b + *sum / if divides { *divisor } else { 1.0 } * self.lambda;
         }
     }
 }
@@ -184,7 +222,9 @@ pub(super) fn add_norms(piece: &Piece<'_>, sums: &mut [f64], at: usize) {
     }
 }
 
-/// Norms of every model before (pass 0) and after a trim (the last pass), for methods that trim between two sums.
+/// Factors of methods that trim in their first pass.
 pub(super) fn trimmed_factors(rescale: Rescale, known: &Known, models: usize) -> Vec<f32> {
-    rescale.factors(known.sums(0), known.sums(2), models)
+    let (before, after): (Vec<f64>, Vec<f64>) =
+        known.norms(0).iter().map(|[before, after]| (before, after)).unzip();
+    rescale.factors(&before, &after, models)
 }

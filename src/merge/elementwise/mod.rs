@@ -28,11 +28,13 @@ mod magmax;
 mod masks;
 mod model_stock;
 mod multislerp;
+mod near;
 mod nearswap;
 mod nuslerp;
 mod pcb;
 mod ram;
 mod sce;
+mod selection;
 mod slerp;
 mod tall_masks;
 mod ties;
@@ -53,7 +55,6 @@ pub use whole::{ReadTask, WholeError, WholeTensor};
 
 use super::SourceId;
 use crate::config::{ParameterSpec, Round};
-use crate::kernel::dispatch;
 
 /// Every method of this module, as the config names them.
 pub static METHODS: [&Definition; 26] = [
@@ -128,17 +129,20 @@ pub enum Pass {
         count: usize,
     },
     /// Order statistics of so many columns of scores, at the ranks of [`Elementwise::ranks`]. Two reads, or one where the
-    /// tensor is a single piece.
+    /// tensor is a single piece or a sample told where the ranks lie.
     Order {
         /// How many columns of scores.
         columns: usize,
     },
     /// Of the columns (model by model, or one for all), only what [`Elementwise::kept`] says stays; the rest is 0 from
-    /// here on. A score of 0 must stand for a value of 0: how many of those stay is not counted. Two reads, or one where
-    /// the tensor is a single piece.
+    /// here on. A score of 0 must stand for a value of 0: how many of those stay is not counted. As many
+    /// reads as [`Pass::Order`].
     Trim {
         /// As many as there are models, or 1.
         columns: usize,
+        /// Whether [`Known::norms`] gives the columns' L1 norms before and after: of scores that are magnitudes. No read
+        /// is added for them.
+        norms: bool,
     },
 }
 
@@ -177,17 +181,14 @@ pub trait Elementwise: Debug + Send + Sync {
     /// Adds the terms of one piece to the sums of pass `pass`.
     fn sums(&self, _pass: usize, _piece: &mut Piece<'_>, _known: &Known, _sums: &mut [f64]) {}
 
-    /// Scores of one piece in one column of pass `pass`; the magnitudes of the column's model unless overridden.
-    fn scores(&self, _pass: usize, column: usize, piece: &Piece<'_>, _known: &Known, scores: &mut [f32]) {
-        dispatch(
-            #[inline(always)]
-            || {
-                for (s, x) in scores.iter_mut().zip(piece.model(column)) {
-                    *s = x.abs();
-                }
-            },
-        );
+    /// Whether the scores of pass `pass` are the magnitudes of the column's model: then [`Elementwise::scores`] is not
+    /// asked for them.
+    fn by_magnitude(&self, _pass: usize) -> bool {
+        false
     }
+
+    /// Scores of one piece in one column of pass `pass`.
+    fn scores(&self, _pass: usize, _column: usize, _piece: &Piece<'_>, _known: &Known, _scores: &mut [f32]) {}
 
     /// Ascending ranks, from 0, that an [`Pass::Order`] selects: three at most.
     fn ranks(&self, _pass: usize, _column: usize, _counts: Counts) -> Vec<u64> {

@@ -3,26 +3,42 @@
 //! Scores are mapped to integers of the same order. The first read counts the upper halves, the second the lower halves in
 //! those buckets that hold a wanted rank. Counts are integers, so neither threads nor the cut of the tensor enter.
 
-use crate::kernel::{Buffer, dispatch};
+use crate::kernel::ranked::{AT_ONCE, Offsets, key, score, within};
+use crate::kernel::{Buffer, Threading, dispatch, vector};
 
 /// Bins of one histogram, 512 KiB of counts.
 const BINS: usize = 1 << 16;
-/// Scores whose keys are made at a time.
-const AT_ONCE: usize = 512;
-
 /// Bytes of one histogram.
 pub(super) const HISTOGRAM_BYTES: u64 = (BINS * size_of::<u64>()) as u64;
 
-/// An integer that orders as the score does; -0 comes before 0, NaN of either sign at its end.
-#[inline(always)]
-pub(super) fn key(score: f32) -> u32 {
-    let bits = score.to_bits();
-    // All bits of a negative one, the sign of a positive one.
-    bits ^ (((bits as i32 >> 31) as u32) | 0x8000_0000)
+/// One column's scores of a piece.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Scores<'a> {
+    /// As they are.
+    Plain(&'a [f32]),
+    /// The magnitudes of these values.
+    Magnitudes(&'a [f32]),
 }
 
-fn score(key: u32) -> f32 {
-    f32::from_bits(if key & 0x8000_0000 == 0 { !key } else { key & 0x7fff_ffff })
+impl Scores<'_> {
+    /// How many are 0.
+    pub fn zeros(self) -> u64 {
+        let (Self::Plain(values) | Self::Magnitudes(values)) = self;
+        values.iter().filter(|v| **v == 0.0).count() as u64
+    }
+
+    /// Their keys, behind those that are there.
+    pub fn keys_into(self, keys: &mut Vec<u32>) {
+        match self {
+            Self::Plain(scores) => keys.extend(scores.iter().map(|s| key::<false>(*s))),
+            Self::Magnitudes(values) => keys.extend(values.iter().map(|v| key::<true>(*v))),
+        }
+    }
+}
+
+/// Keys of scores that are 0, of either sign.
+pub(super) fn zero_keys(keys: &[u32]) -> usize {
+    keys.iter().filter(|key| **key == 0x8000_0000 || **key == 0x7fff_ffff).count()
 }
 
 /// One order statistic.
@@ -48,7 +64,14 @@ impl Upper {
         Self { counts: Buffer::zeroed(BINS), zeros: 0 }
     }
 
-    pub fn add(&mut self, scores: &[f32]) {
+    pub fn add(&mut self, scores: Scores<'_>) {
+        match scores {
+            Scores::Plain(scores) => self.add_of::<false>(scores),
+            Scores::Magnitudes(values) => self.add_of::<true>(values),
+        }
+    }
+
+    fn add_of<const MAGNITUDE: bool>(&mut self, scores: &[f32]) {
         let counts: &mut [u64; BINS] = (&mut self.counts[..BINS]).try_into().expect("as many as were made");
         // Keys first, by vectors: what is left to do one by one is the counting alone.
         let mut bins = [0u16; AT_ONCE];
@@ -59,7 +82,7 @@ impl Upper {
                 || {
                     let mut zeros = 0u32;
                     for (bin, score) in bins.iter_mut().zip(scores) {
-                        *bin = (key(*score) >> 16) as u16;
+                        *bin = (key::<MAGNITUDE>(*score) >> 16) as u16;
                         zeros += u32::from(*score == 0.0);
                     }
                     u64::from(zeros)
@@ -84,7 +107,8 @@ impl Upper {
 
     /// The bucket of an ascending rank, and how many scores lie below that bucket.
     pub fn bucket(&self, rank: u64) -> (u16, u64) {
-        find(&self.counts, rank)
+        let (bin, below) = find(self.counts.iter().copied(), rank).expect("a rank of what was counted");
+        (bin as u16, below)
     }
 }
 
@@ -103,29 +127,24 @@ impl Lower {
         Self { buckets, counts }
     }
 
-    pub fn add(&mut self, scores: &[f32]) {
+    pub fn add(&mut self, scores: Scores<'_>) {
+        match scores {
+            Scores::Plain(scores) => self.add_of::<false>(scores),
+            Scores::Magnitudes(values) => self.add_of::<true>(values),
+        }
+    }
+
+    fn add_of<const MAGNITUDE: bool>(&mut self, scores: &[f32]) {
+        let mut offsets: Offsets = [0; _];
         for (bucket, counts) in self.buckets.iter().zip(&mut self.counts) {
             let bucket = u32::from(*bucket);
             let counts: &mut [u64; BINS] = (&mut counts[..BINS]).try_into().expect("as many as were made");
-            let mut count = |score: f32| {
-                let key = key(score);
-                if key >> 16 == bucket {
-                    counts[(key & 0xffff) as usize] += 1;
+            for scores in scores.chunks(AT_ONCE) {
+                let found = within::<MAGNITUDE>(scores, bucket << 16, 1 << 16, &mut offsets);
+                for offset in &offsets[..found.inside] {
+                    counts[(offset & 0xffff) as usize] += 1;
                 }
-            };
-            dispatch(
-                #[inline(always)]
-                || {
-                    // Few are in the bucket: sixteen at a time are asked at once.
-                    let (groups, rest) = scores.as_chunks::<16>();
-                    for group in groups {
-                        if group.iter().fold(false, |any, score| any | (key(*score) >> 16 == bucket)) {
-                            group.iter().for_each(|score| count(*score));
-                        }
-                    }
-                    rest.iter().for_each(|score| count(*score));
-                },
-            );
+            }
         }
     }
 
@@ -139,27 +158,85 @@ impl Lower {
 
     /// The statistic at ascending rank `rank`, which lies in `bucket` with `below` scores before that.
     pub fn statistic(&self, bucket: u16, below: u64, rank: u64) -> OrderStatistic {
-        let at = self.buckets.binary_search(&bucket).expect("counted because a rank lies in it");
-        let counts = &self.counts[at];
-        let (low, within) = find(counts, rank - below);
+        let counts = &self.counts[self.place(bucket)];
+        let (low, within) =
+            find(counts.iter().copied(), rank - below).expect("counted because a rank lies in it");
         OrderStatistic {
-            score: score(u32::from(bucket) << 16 | u32::from(low)),
+            score: score(u32::from(bucket) << 16 | low as u32),
             below: below + within,
-            equal: counts[usize::from(low)],
+            equal: counts[low],
+        }
+    }
+
+    /// Adds the sums that [`Lower::sum_of_least`] takes: of all magnitudes, then of those above each bucket.
+    pub fn add_sums(&self, values: &[f32], sums: &mut [f64]) {
+        let ends =
+            self.buckets.iter().map(|bucket| (u32::from(*bucket) + 1).checked_shl(16).unwrap_or(u32::MAX));
+        add_sums_above(values, ends, sums);
+    }
+
+    /// Sum of the `rank` least magnitudes, `found` being the statistic at `rank` or just before it, in `bucket`.
+    pub fn sum_of_least(&self, bucket: u16, rank: u64, found: OrderStatistic, sums: &[f64]) -> f64 {
+        let place = self.place(bucket);
+        let bins = self.counts[place].iter().enumerate();
+        let keys = bins.map(|(bin, count)| (u32::from(bucket) << 16 | bin as u32, *count));
+        sum_of_least(keys, rank, found, sums[0] - sums[1 + place])
+    }
+
+    pub fn buckets(&self) -> &[u16] {
+        &self.buckets
+    }
+
+    fn place(&self, bucket: u16) -> usize {
+        self.buckets.binary_search(&bucket).expect("of those it was made for")
+    }
+}
+
+/// The bin of a rank, and the sum of the bins before it; `None` where there are not that many.
+fn find(counts: impl Iterator<Item = u64>, rank: u64) -> Option<(usize, u64)> {
+    let mut below = 0;
+    for (bin, count) in counts.enumerate() {
+        if below + count > rank {
+            return Some((bin, below));
+        }
+        below += count;
+    }
+    None
+}
+
+/// Adds the sum of all magnitudes to the first sum, and of those whose keys are `ends[k]` or more to the one after `k`.
+pub(super) fn add_sums_above(values: &[f32], ends: impl Iterator<Item = u32>, sums: &mut [f64]) {
+    sums[0] += vector::sum_of_magnitudes(values, Threading::Sequential);
+    let mut above = [0.0f32; AT_ONCE];
+    for (end, sum) in ends.zip(&mut sums[1..]) {
+        for values in values.chunks(AT_ONCE) {
+            let above = &mut above[..values.len()];
+            dispatch(
+                #[inline(always)]
+                || {
+                    for (above, value) in above.iter_mut().zip(values) {
+                        *above = if key::<true>(*value) >= end { *value } else { 0.0 };
+                    }
+                },
+            );
+            *sum += vector::sum_of_magnitudes(above, Threading::Sequential);
         }
     }
 }
 
-/// The bin of a rank, and the sum of the bins before it.
-fn find(counts: &[u64], rank: u64) -> (u16, u64) {
-    let mut below = 0;
-    for (bin, count) in counts.iter().enumerate() {
-        if below + count > rank {
-            return (bin as u16, below);
-        }
-        below += count;
-    }
-    unreachable!("a rank is less than the number of scores")
+/// Sum of the `rank` least magnitudes: `sum`, of what lies in and below some keys, less those of the keys that come after
+/// `found`, the statistic at `rank` or just before it, and less those equal to it that come later. `keys`: with their counts.
+pub(super) fn sum_of_least(
+    keys: impl Iterator<Item = (u32, u64)>,
+    rank: u64,
+    found: OrderStatistic,
+    sum: f64,
+) -> f64 {
+    let own = key::<true>(found.score);
+    // Some keys that no score has stand for no number.
+    let after = keys.filter(|(key, count)| *key > own && *count > 0);
+    let above: f64 = after.map(|(key, count)| count as f64 * f64::from(score(key))).sum();
+    sum - above - (found.below + found.equal - rank) as f64 * f64::from(found.score)
 }
 
 /// The statistic at ascending rank `rank` of scores in memory; they are reordered.
@@ -211,9 +288,8 @@ impl Kept {
         }
     }
 
-    /// Ascending ranks of its ends among `n` scores, the least first; an open end has the other's rank. `None` where
-    /// nothing needs to be selected.
-    pub(super) fn ranks(self, n: u64) -> Option<[u64; 2]> {
+    /// Ascending places that are kept among `n` sorted scores, ties aside. `None` where nothing needs to be selected.
+    pub(super) fn range(self, n: u64) -> Option<std::ops::Range<u64>> {
         let range = match self {
             Self::All | Self::Nothing => return None,
             Self::FromLargest { skip, take } => {
@@ -222,7 +298,19 @@ impl Kept {
             Self::FromSmallest { skip, take } => skip.min(n)..skip.saturating_add(take).min(n),
             Self::AtLeast { take } => n.saturating_sub(take)..n,
         };
-        (!range.is_empty()).then(|| match self.open(n) {
+        (!range.is_empty()).then_some(range)
+    }
+
+    /// Whether all scores that equal the least one stay.
+    pub(super) fn keeps_ties(self) -> bool {
+        matches!(self, Self::AtLeast { .. })
+    }
+
+    /// Ranks of its ends among `n` scores, the least first; an open end has the other's rank. `None` where nothing needs to
+    /// be selected.
+    pub(super) fn ranks(self, n: u64) -> Option<[u64; 2]> {
+        let range = self.range(n)?;
+        Some(match self.open(n) {
             [true, _] => [range.start; 2],
             [_, true] => [range.end - 1; 2],
             _ => [range.start, range.end - 1],
@@ -263,12 +351,12 @@ impl Kept {
             |s: OrderStatistic, r: &std::ops::Range<u64>| s.score != 0.0 && (r.start > 0 || r.end < s.equal);
         let mut window = Window::ALL;
         if !open_below {
-            window.low = key(low.score);
+            window.low = key::<false>(low.score);
             window.low_range = [low_range.start, low_range.end];
             window.in_order |= partial(low, &low_range);
         }
         if !open_above {
-            window.high = key(high.score);
+            window.high = key::<false>(high.score);
             window.high_range = [high_range.start, high_range.end];
             window.in_order |= partial(high, &high_range);
         }
@@ -299,7 +387,14 @@ impl Window {
     }
 
     /// Scores that equal its low and its high end.
-    pub fn equals(&self, scores: &[f32]) -> [u64; 2] {
+    pub fn equals(&self, scores: Scores<'_>) -> [u64; 2] {
+        match scores {
+            Scores::Plain(scores) => self.equals_of::<false>(scores),
+            Scores::Magnitudes(values) => self.equals_of::<true>(values),
+        }
+    }
+
+    fn equals_of<const MAGNITUDE: bool>(&self, scores: &[f32]) -> [u64; 2] {
         let (low, high) = (self.low, self.high);
         let [mut lows, mut highs] = [0u64; 2];
         for scores in scores.chunks(AT_ONCE) {
@@ -308,7 +403,7 @@ impl Window {
                 || {
                     let (mut lows, mut highs) = (0u32, 0u32);
                     for score in scores {
-                        let key = key(*score);
+                        let key = key::<MAGNITUDE>(*score);
                         lows += u32::from(key == low);
                         highs += u32::from(key == high);
                     }
@@ -321,64 +416,86 @@ impl Window {
         [lows, highs]
     }
 
-    /// Sets what is not kept to 0. `before` are the equal scores in earlier pieces, `own` those in this one; both are asked
-    /// for only where they must be counted in order.
-    pub fn apply(&self, scores: &[f32], before: [u64; 2], own: [u64; 2], values: &mut [f32]) {
+    /// Sets what is not kept to 0, by the values' `scores`, or by their own magnitudes. `before` are the equal scores in
+    /// earlier pieces, `own` those in this one; both are asked for only where they must be counted in order.
+    pub fn apply(&self, scores: Option<&[f32]>, before: [u64; 2], own: [u64; 2], values: &mut [f32]) {
         // One piece of a tensor has equal scores of which some stay and some go: all others are like the first of theirs.
         let one = |range: [u64; 2], before: u64, own: u64| {
             let all = range[0] <= before && before + own <= range[1];
             let none = before + own <= range[0] || range[1] <= before;
             if all { Some(true) } else { none.then_some(false) }
         };
-        let (keep_low, keep_high) = if self.in_order {
-            (one(self.low_range, before[0], own[0]), one(self.high_range, before[1], own[1]))
+        let keep = if self.in_order {
+            [one(self.low_range, before[0], own[0]), one(self.high_range, before[1], own[1])]
         } else {
-            (Some(self.low_range[1] > self.low_range[0]), Some(self.high_range[1] > self.high_range[0]))
+            [self.low_range, self.high_range].map(|range| Some(range[1] > range[0]))
         };
-        match (keep_low, keep_high) {
-            (Some(keep_low), Some(keep_high)) => self.apply_between(keep_low, keep_high, scores, values),
-            _ => self.apply_in_order(scores, before, values),
-        }
-    }
-
-    /// As [`Window::apply`], all of the equal scores of an end alike.
-    fn apply_between(&self, keep_low: bool, keep_high: bool, scores: &[f32], values: &mut [f32]) {
-        let low = if keep_low { Some(self.low) } else { self.low.checked_add(1) };
-        let high = if keep_high { Some(self.high) } else { self.high.checked_sub(1) };
-        let (Some(low), Some(high)) = (low, high) else {
-            values.fill(0.0);
-            return;
-        };
-        dispatch(
-            #[inline(always)]
-            || {
+        match (keep, scores) {
+            ([Some(low), Some(high)], None) => {
+                let [low, high] = self.between(low, high);
+                dispatch(
+                    #[inline(always)]
+                    || {
+                        values
+                            .iter_mut()
+                            .for_each(|value| keep_between(low, high, key::<true>(*value), value))
+                    },
+                );
+            }
+            ([Some(low), Some(high)], Some(scores)) => {
+                let [low, high] = self.between(low, high);
+                dispatch(
+                    #[inline(always)]
+                    || {
+                        for (value, score) in values.iter_mut().zip(scores) {
+                            keep_between(low, high, key::<false>(*score), value);
+                        }
+                    },
+                );
+            }
+            (_, None) => {
+                let mut keeps = self.in_order(before);
+                values
+                    .iter_mut()
+                    .for_each(|value| *value = if keeps(key::<true>(*value)) { *value } else { 0.0 });
+            }
+            (_, Some(scores)) => {
+                let mut keeps = self.in_order(before);
                 for (value, score) in values.iter_mut().zip(scores) {
-                    let key = key(*score);
-                    *value = if (key >= low) & (key <= high) { *value } else { 0.0 };
+                    *value = if keeps(key::<false>(*score)) { *value } else { 0.0 };
                 }
-            },
-        );
-    }
-
-    /// As [`Window::apply`], counting the equal scores one by one.
-    fn apply_in_order(&self, scores: &[f32], before: [u64; 2], values: &mut [f32]) {
-        let [mut low_place, mut high_place] = before;
-        for (value, score) in values.iter_mut().zip(scores) {
-            let key = key(*score);
-            let keep = if key == self.high {
-                high_place += 1;
-                (self.high_range[0]..self.high_range[1]).contains(&(high_place - 1))
-            } else if key == self.low {
-                low_place += 1;
-                (self.low_range[0]..self.low_range[1]).contains(&(low_place - 1))
-            } else {
-                key > self.low && key < self.high
-            };
-            if !keep {
-                *value = 0.0;
             }
         }
     }
+
+    /// First and last key that is kept, all equal scores of an end alike; none where the first is the greater.
+    fn between(&self, keep_low: bool, keep_high: bool) -> [u32; 2] {
+        let low = if keep_low { Some(self.low) } else { self.low.checked_add(1) };
+        let high = if keep_high { Some(self.high) } else { self.high.checked_sub(1) };
+        low.zip(high).map_or([u32::MAX, 0], |(low, high)| [low, high])
+    }
+
+    /// Whether a key is kept, asked for one after the other: the equal scores of an end are counted.
+    fn in_order(&self, before: [u64; 2]) -> impl FnMut(u32) -> bool {
+        let Self { low, high, low_range, high_range, .. } = *self;
+        let [mut low_place, mut high_place] = before;
+        move |key| {
+            if key == high {
+                high_place += 1;
+                (high_range[0]..high_range[1]).contains(&(high_place - 1))
+            } else if key == low {
+                low_place += 1;
+                (low_range[0]..low_range[1]).contains(&(low_place - 1))
+            } else {
+                key > low && key < high
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn keep_between(low: u32, high: u32, key: u32, value: &mut f32) {
+    *value = if (key >= low) & (key <= high) { *value } else { 0.0 };
 }
 
 #[cfg(test)]
@@ -397,17 +514,6 @@ mod tests {
     }
 
     #[test]
-    fn keys_order_as_scores() {
-        let values = [f32::NEG_INFINITY, -2.0, -1e-40, -0.0, 0.0, 1e-40, 0.5, f32::MAX, f32::INFINITY];
-        for pair in values.windows(2) {
-            assert!(key(pair[0]) < key(pair[1]), "{pair:?}");
-        }
-        for v in values {
-            assert_eq!(score(key(v)).to_bits(), v.to_bits());
-        }
-    }
-
-    #[test]
     fn histograms_select_what_sorting_does() {
         for levels in [2, 50, 1 << 31] {
             let scores = scores(5000, levels);
@@ -415,23 +521,23 @@ mod tests {
             sorted.sort_by(f32::total_cmp);
             // Counted in two parts, as two threads would.
             let (mut upper, mut other) = (Upper::new(), Upper::new());
-            upper.add(&scores[..1234]);
-            other.add(&scores[1234..]);
+            upper.add(Scores::Plain(&scores[..1234]));
+            other.add(Scores::Plain(&scores[1234..]));
             upper.merge(&other);
             assert_eq!(upper.total(), 5000);
             assert_eq!(upper.zeros, scores.iter().filter(|s| **s == 0.0).count() as u64);
             for rank in [0, 1, 2499, 4998, 4999] {
                 let (bucket, below) = upper.bucket(rank);
                 let (mut lower, mut other) = (Lower::new(vec![bucket]), Lower::new(vec![bucket]));
-                lower.add(&scores[..777]);
-                other.add(&scores[777..]);
+                lower.add(Scores::Plain(&scores[..777]));
+                other.add(Scores::Plain(&scores[777..]));
                 lower.merge(&other);
                 let found = lower.statistic(bucket, below, rank);
                 let want = sorted[rank as usize];
                 assert_eq!(found.score, want);
                 assert_eq!(found.below, sorted.iter().filter(|s| **s < want).count() as u64);
                 assert_eq!(found.equal, sorted.iter().filter(|s| **s == want).count() as u64);
-                let mut keys: Vec<u32> = scores.iter().map(|s| key(*s)).collect();
+                let mut keys: Vec<u32> = scores.iter().map(|s| key::<false>(*s)).collect();
                 assert_eq!(select(&mut keys, rank), found);
             }
         }
@@ -455,16 +561,16 @@ mod tests {
                         let mut want: Vec<usize> =
                             order.into_iter().skip(skip as usize).take(take as usize).collect();
                         want.sort_unstable();
-                        let mut keys: Vec<u32> = scores.iter().map(|s| key(*s)).collect();
+                        let mut keys: Vec<u32> = scores.iter().map(|s| key::<false>(*s)).collect();
                         let ends = kept.ranks(count).map(|ranks| ranks.map(|r| select(&mut keys, r)));
                         let window = kept.window(count, ends);
                         let mut values = vec![1.0; n];
                         // In two pieces.
                         let cut = n / 2;
-                        let before = window.equals(&scores[..cut]);
-                        window.apply(&scores[..cut], [0, 0], before, &mut values[..cut]);
-                        let own = window.equals(&scores[cut..]);
-                        window.apply(&scores[cut..], before, own, &mut values[cut..]);
+                        let before = window.equals(Scores::Plain(&scores[..cut]));
+                        window.apply(Some(&scores[..cut]), [0, 0], before, &mut values[..cut]);
+                        let own = window.equals(Scores::Plain(&scores[cut..]));
+                        window.apply(Some(&scores[cut..]), before, own, &mut values[cut..]);
                         let got: Vec<usize> =
                             (0..n).filter(|i| values[*i] != 0.0 && scores[*i] != 0.0).collect();
                         want.retain(|i| scores[*i] != 0.0);

@@ -7,22 +7,23 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::order::{self, HISTOGRAM_BYTES, Lower, Upper, Window};
+use super::order::{HISTOGRAM_BYTES, Scores, Window};
 use super::places::{Line, Places, add_places};
-use super::{Counts, Elementwise, MethodStart, OrderStatistic, PIECE, Pass};
+use super::{Elementwise, MethodStart, OrderStatistic, PIECE, Pass};
 use crate::kernel::{Buffer, Threading, dispatch};
-use crate::merge::{BlockContext, MergeError};
+use crate::merge::{BlockContext, MergeError, SourceId};
+use crate::read::TensorMeta;
 
 /// Pieces of one stretch of a merge: their output is handed on together.
-const STRETCH: usize = 8;
+pub(super) const STRETCH: usize = 8;
 /// Pieces of one partial sum.
 const SUM_STRETCH: usize = 64;
 /// Most partial sums of a pass with many of them (one a column, say).
 const MOST_WIDE_STRETCHES: usize = 16;
 /// Most ranks of one column.
-const MOST_RANKS: u64 = 3;
+pub(super) const MOST_RANKS: u64 = 3;
 /// More sums than this are many.
 const WIDE: usize = 256;
 
@@ -33,10 +34,11 @@ pub struct Known {
 }
 
 #[derive(Debug, Clone)]
-enum Found {
+pub(super) enum Found {
     Sums(Vec<f64>),
     Order(Vec<Vec<OrderStatistic>>),
-    Trim(Vec<Window>),
+    /// And each column's L1 norms before and after, where they are asked for.
+    Trim(Vec<Window>, Vec<[f64; 2]>),
 }
 
 impl Known {
@@ -56,10 +58,18 @@ impl Known {
         }
     }
 
+    /// The L1 norms of each column before and after a [`Pass::Trim`] that asks for them.
+    pub fn norms(&self, pass: usize) -> &[[f64; 2]] {
+        match self.passes.get(pass) {
+            Some(Found::Trim(_, norms)) => norms,
+            _ => &[],
+        }
+    }
+
     /// The windows that trim each model, if there are any.
     fn windows(&self) -> Option<(usize, &[Window])> {
         self.passes.iter().enumerate().find_map(|(k, found)| match found {
-            Found::Trim(windows) => Some((k, &windows[..])),
+            Found::Trim(windows, _) => Some((k, &windows[..])),
             _ => None,
         })
     }
@@ -118,9 +128,9 @@ impl<'a> Piece<'a> {
 
 /// The cut of one tensor.
 #[derive(Debug, Clone, Copy)]
-struct Cut {
-    elements: usize,
-    piece: usize,
+pub(super) struct Cut {
+    pub elements: usize,
+    pub piece: usize,
 }
 
 impl Cut {
@@ -132,7 +142,7 @@ impl Cut {
         Self { elements, piece: piece.min(elements.max(1)) }
     }
 
-    fn pieces(self) -> usize {
+    pub fn pieces(self) -> usize {
         self.elements.div_ceil(self.piece)
     }
 
@@ -146,7 +156,7 @@ impl Cut {
     }
 }
 
-/// Times a pass reads the data.
+/// Times a pass reads the data, at most: an order takes one read where a sample tells where its ranks lie.
 fn reads(pass: Pass) -> u64 {
     if matches!(pass, Pass::Sums { .. }) { 1 } else { 2 }
 }
@@ -184,15 +194,15 @@ pub(crate) fn memory_bytes(start: &MethodStart, elements: usize, workers: usize,
             }
             // A column's few ranks lie in different buckets.
             Pass::Order { columns } if histograms => MOST_RANKS * columns as u64 * HISTOGRAM_BYTES * counters,
-            Pass::Trim { columns } if histograms => 2 * columns as u64 * HISTOGRAM_BYTES * counters,
-            Pass::Order { .. } | Pass::Trim { .. } => piece * 4,
+            Pass::Trim { columns, .. } if histograms => 2 * columns as u64 * HISTOGRAM_BYTES * counters,
+            Pass::Order { .. } | Pass::Trim { .. } => piece * 8,
         });
     }
     worker * workers + most
 }
 
 /// One worker's buffers: room for one piece, or for a stretch of them where equal scores are counted in order.
-struct Slot {
+pub(super) struct Slot {
     base: Buffer<f32>,
     models: Buffer<f32>,
     scores: Buffer<f32>,
@@ -213,19 +223,38 @@ impl Slot {
     }
 }
 
+/// One column's scores of a piece: in `scratch`, unless they are the magnitudes of its values.
+pub(super) fn scores_of<'s>(
+    method: &dyn Elementwise,
+    pass: usize,
+    column: usize,
+    piece: &'s Piece<'_>,
+    known: &Known,
+    scratch: &'s mut [f32],
+) -> Scores<'s> {
+    if method.by_magnitude(pass) {
+        return Scores::Magnitudes(piece.model(column));
+    }
+    method.scores(pass, column, piece, known, scratch);
+    Scores::Plain(scratch)
+}
+
 /// A tensor being merged.
-struct Run<'a> {
-    context: &'a BlockContext<'a>,
-    start: &'a MethodStart,
-    cut: Cut,
+pub(super) struct Run<'a> {
+    pub context: &'a BlockContext<'a>,
+    pub start: &'a MethodStart,
+    pub cut: Cut,
+    /// Where the tensor is in the base and in each model.
+    base_meta: Option<&'a TensorMeta>,
+    metas: Arc<[&'a TensorMeta]>,
     /// The only piece, read once: base and models, task vectors already.
     kept: Option<(Buffer<f32>, Buffer<f32>)>,
 }
 
 impl<'a> Run<'a> {
     fn new(context: &'a BlockContext<'a>, start: &'a MethodStart) -> Result<Self, MergeError> {
-        let cut = Cut::new(context.shape.elements(), &*start.method);
-        let mut run = Self { context, start, cut, kept: None };
+        let mut run = Self::unread(context, start);
+        let cut = run.cut;
         if cut.pieces() <= 1 {
             let mut slot = run.slot(1);
             run.read(0, 0, &mut slot)?;
@@ -234,7 +263,29 @@ impl<'a> Run<'a> {
         Ok(run)
     }
 
-    fn slot(&self, pieces: usize) -> Slot {
+    /// The same, whatever its size is.
+    fn unread(context: &'a BlockContext<'a>, start: &'a MethodStart) -> Self {
+        let meta = |source: &SourceId| {
+            let found = context.inputs.tensor(*source, context.tensor);
+            found.expect("a recipe names a checkpoint only where it has the tensor")
+        };
+        Self {
+            context,
+            start,
+            cut: Cut::new(context.shape.elements(), &*start.method),
+            base_meta: start.base.as_ref().map(meta),
+            metas: start.models.iter().map(meta).collect(),
+            kept: None,
+        }
+    }
+
+    /// The same tensor cut into pieces of `piece` elements.
+    pub fn cut_into(&self, piece: usize) -> Self {
+        let cut = Cut { elements: self.cut.elements, piece };
+        Self { cut, metas: self.metas.clone(), kept: None, ..*self }
+    }
+
+    pub fn slot(&self, pieces: usize) -> Slot {
         let room = (pieces * self.cut.piece).min(self.cut.elements);
         let base = if self.start.base.is_some() { room } else { 0 };
         Slot {
@@ -252,20 +303,16 @@ impl<'a> Run<'a> {
         let (base, models) = (slot.base_place(self, place), slot.models_place(self, place));
         let (inputs, tally) = (self.context.inputs, self.context.tally);
         let len = range.len();
-        let meta = |source| {
-            inputs
-                .tensor(source, self.context.tensor)
-                .expect("a recipe names a checkpoint only where it has the tensor")
-        };
         let Slot { base: bases, models: values, bytes, .. } = slot;
         let base = &mut bases[base];
-        if let Some(source) = self.start.base {
-            inputs.read(source, meta(source), range.clone(), &mut base[..len], bytes, tally)?;
+        if let (Some(source), Some(meta)) = (self.start.base, self.base_meta) {
+            inputs.read(source, meta, range.clone(), &mut base[..len], bytes, tally)?;
         }
         let differences = self.start.method.task_vectors();
-        for (source, out) in self.start.models.iter().zip(values[models].chunks_mut(len.max(1))) {
+        let read = self.start.models.iter().zip(&*self.metas);
+        for ((source, meta), out) in read.zip(values[models].chunks_mut(len.max(1))) {
             let out = &mut out[..len];
-            inputs.read_each(*source, meta(*source), range.clone(), out, bytes, tally, |at, values| {
+            inputs.read_each(*source, meta, range.clone(), out, bytes, tally, |at, values| {
                 if differences {
                     let base = &base[at..at + values.len()];
                     dispatch(
@@ -284,7 +331,7 @@ impl<'a> Run<'a> {
 
     /// Where equal scores stand in the tensor's order, for a stretch of pieces whose windows ask for it: counted before
     /// anything is done with them, so that the workers behind need not wait for that.
-    fn places(
+    pub fn places(
         &self,
         stretch: usize,
         pieces: Range<usize>,
@@ -306,8 +353,7 @@ impl<'a> Run<'a> {
                     if !window.in_order {
                         return [0, 0];
                     }
-                    self.start.method.scores(pass, column, &loaded, known, scores);
-                    window.equals(scores)
+                    window.equals(scores_of(&*self.start.method, pass, column, &loaded, known, scores))
                 };
                 Ok(windows.iter().enumerate().map(count).collect())
             })
@@ -347,7 +393,7 @@ impl<'a> Run<'a> {
     }
 
     /// One piece, trimmed as far as windows are known. Pieces are loaded in the order of their `places`.
-    fn load<'s>(
+    pub fn load<'s>(
         &self,
         piece: usize,
         slot: &'s mut Slot,
@@ -362,7 +408,11 @@ impl<'a> Run<'a> {
                 if window.keeps_all() {
                     continue;
                 }
-                self.start.method.scores(pass, column, &loaded, known, scores);
+                let own_magnitudes = self.start.method.by_magnitude(pass);
+                if !own_magnitudes {
+                    self.start.method.scores(pass, column, &loaded, known, scores);
+                }
+                let scores = if own_magnitudes { None } else { Some(&*scores) };
                 let of = |counts: Option<&Vec<[u64; 2]>>| counts.map_or([0, 0], |c| c[column]);
                 let (before, own) = (of(places.as_ref().map(|p| &p.before)), of(own.as_ref()));
                 let models = if joint { 0..loaded.models() } else { column..column + 1 };
@@ -377,7 +427,7 @@ impl<'a> Run<'a> {
         Ok((loaded, scores))
     }
 
-    fn workers(&self, stretch: usize) -> usize {
+    pub fn workers(&self, stretch: usize) -> usize {
         match self.context.threading {
             Threading::Sequential => 1,
             Threading::Parallel => {
@@ -387,7 +437,7 @@ impl<'a> Run<'a> {
     }
 
     /// Hands stretches of `stretch` pieces to the workers in order; gives back what each worker made.
-    fn sweep<S: Send>(
+    pub fn sweep<S: Send>(
         &self,
         stretch: usize,
         line: Option<&Line>,
@@ -431,7 +481,7 @@ impl<'a> Run<'a> {
         results.into_iter().collect()
     }
 
-    fn line(&self, known: &Known) -> Option<Line> {
+    pub fn line(&self, known: &Known) -> Option<Line> {
         let (_, windows) = known.windows()?;
         windows.iter().any(|w| w.in_order).then(|| Line::new(windows.len()))
     }
@@ -465,141 +515,11 @@ impl<'a> Run<'a> {
         }
         Ok(total)
     }
-
-    /// Counts the scores of all columns for which `wanted`, into `total`; workers beside the first count on their own.
-    fn count<C: Send + Sync>(
-        &self,
-        pass: usize,
-        known: &Known,
-        total: &mut [C],
-        counting: &Counting<'_, C>,
-    ) -> Result<(), MergeError> {
-        let line = self.line(known);
-        let work = |counts: &mut [C], slot: &mut Slot, pieces: Range<usize>| {
-            let mut places = self.places(STRETCH, pieces.clone(), slot, known, line.as_ref())?;
-            for piece in pieces {
-                let (piece, scores) = self.load(piece, slot, known, &mut places)?;
-                for (column, counts) in counts.iter_mut().enumerate() {
-                    if (counting.wanted)(column) {
-                        self.start.method.scores(pass, column, &piece, known, scores);
-                        (counting.add)(counts, scores);
-                    }
-                }
-            }
-            Ok(())
-        };
-        if self.workers(STRETCH) == 1 {
-            let pieces = self.cut.pieces();
-            let mut slot = self.slot(if line.is_some() { STRETCH } else { 1 });
-            return (0..pieces)
-                .step_by(STRETCH)
-                .try_for_each(|first| work(total, &mut slot, first..(first + STRETCH).min(pieces)));
-        }
-        let columns = total.len();
-        let parts = self.sweep(
-            STRETCH,
-            line.as_ref(),
-            || (0..columns).map(|column| (counting.new)(column)).collect::<Vec<C>>(),
-            |counts, slot, pieces| work(counts, slot, pieces),
-        )?;
-        for part in parts {
-            for (total, part) in total.iter_mut().zip(&part) {
-                (counting.merge)(total, part);
-            }
-        }
-        Ok(())
-    }
-
-    /// Order statistics of a tensor in memory.
-    fn select(&self, pass: usize, kind: Pass, known: &Known) -> Result<Found, MergeError> {
-        let mut slot = self.slot(1);
-        let (piece, scores) = self.load(0, &mut slot, known, &mut None)?;
-        let method = &*self.start.method;
-        let (Pass::Order { columns } | Pass::Trim { columns }) = kind else {
-            return Ok(Found::Sums(Vec::new()));
-        };
-        let mut keys = Vec::with_capacity(scores.len());
-        let mut wanted = Wanted::new(kind, columns);
-        for column in 0..columns {
-            method.scores(pass, column, &piece, known, scores);
-            let zeros = scores.iter().filter(|s| **s == 0.0).count() as u64;
-            let elements = scores.len() as u64;
-            let ranks = wanted.ranks(method, pass, column, Counts { elements, nonzero: elements - zeros });
-            keys.clear();
-            keys.extend(scores.iter().map(|s| order::key(*s)));
-            let found = ranks.into_iter().map(|rank| order::select(&mut keys, rank)).collect();
-            wanted.found(column, elements, found);
-        }
-        Ok(wanted.finish())
-    }
-}
-
-/// How one kind of histogram is made, filled and added.
-struct Counting<'a, C> {
-    new: &'a (dyn Fn(usize) -> C + Sync),
-    add: fn(&mut C, &[f32]),
-    merge: fn(&mut C, &C),
-    /// Columns that are counted at all.
-    wanted: &'a (dyn Fn(usize) -> bool + Sync),
-}
-
-/// What an order pass asks for, column by column, and what it gets.
-struct Wanted {
-    kind: Pass,
-    kept: Vec<super::Kept>,
-    order: Vec<Vec<OrderStatistic>>,
-    windows: Vec<Window>,
-}
-
-impl Wanted {
-    fn new(kind: Pass, columns: usize) -> Self {
-        Self {
-            kind,
-            kept: vec![super::Kept::All; columns],
-            order: vec![Vec::new(); columns],
-            windows: vec![Window::ALL; columns],
-        }
-    }
-
-    fn ranks(&mut self, method: &dyn Elementwise, pass: usize, column: usize, counts: Counts) -> Vec<u64> {
-        if matches!(self.kind, Pass::Order { .. }) {
-            let last = counts.elements.saturating_sub(1);
-            let ranks = method.ranks(pass, column, counts);
-            debug_assert!(
-                ranks.len() as u64 <= MOST_RANKS,
-                "memory is planned for {MOST_RANKS} ranks a column"
-            );
-            return ranks.into_iter().map(|r| r.min(last)).collect();
-        }
-        self.kept[column] = method.kept(pass, column, counts);
-        self.kept[column].ranks(counts.elements).map_or_else(Vec::new, |r| r.to_vec())
-    }
-
-    fn found(&mut self, column: usize, elements: u64, found: Vec<OrderStatistic>) {
-        if matches!(self.kind, Pass::Trim { .. }) {
-            let ends = if let [low, high] = found[..] { Some([low, high]) } else { None };
-            self.windows[column] = match (self.kept[column], ends) {
-                (super::Kept::All, _) => Window::ALL,
-                (_, None) => Window::NOTHING,
-                (kept, ends) => kept.window(elements, ends),
-            };
-        } else {
-            self.order[column] = found;
-        }
-    }
-
-    fn finish(self) -> Found {
-        if matches!(self.kind, Pass::Trim { .. }) {
-            Found::Trim(self.windows)
-        } else {
-            Found::Order(self.order)
-        }
-    }
 }
 
 /// Passes over one or more tensors, one after the other: what each pass finds is of all of them together.
 pub(crate) struct ModelPasses<'a> {
-    runs: Vec<Run<'a>>,
+    pub(super) runs: Vec<Run<'a>>,
 }
 
 impl<'a> ModelPasses<'a> {
@@ -612,8 +532,7 @@ impl<'a> ModelPasses<'a> {
     ) -> Result<Self, MergeError> {
         let mut runs = Vec::new();
         for (context, start) in blocks {
-            let cut = Cut::new(context.shape.elements(), &*start.method);
-            runs.push(Run { context, start, cut, kept: None });
+            runs.push(Run::unread(context, start));
         }
         Ok(Self { runs })
     }
@@ -639,63 +558,13 @@ impl<'a> ModelPasses<'a> {
                 Pass::Order { .. } | Pass::Trim { .. } if self.runs.len() == 1 && first.kept.is_some() => {
                     first.select(pass, kind, &known)?
                 }
-                Pass::Order { columns } | Pass::Trim { columns } => {
+                Pass::Order { columns } | Pass::Trim { columns, .. } => {
                     self.order(pass, kind, columns, &known)?
                 }
             };
             known.passes.push(found);
         }
         Ok(known)
-    }
-
-    fn order(&self, pass: usize, kind: Pass, columns: usize, known: &Known) -> Result<Found, MergeError> {
-        let method = &*self.runs[0].start.method;
-        let mut upper: Vec<Upper> = (0..columns).map(|_| Upper::new()).collect();
-        let counting =
-            Counting { new: &|_| Upper::new(), add: Upper::add, merge: Upper::merge, wanted: &|_| true };
-        for run in &self.runs {
-            run.count(pass, known, &mut upper, &counting)?;
-        }
-        let mut wanted = Wanted::new(kind, columns);
-        let mut places: Vec<Vec<(u64, u16, u64)>> = Vec::with_capacity(columns);
-        for (column, upper) in upper.iter().enumerate() {
-            let elements = upper.total();
-            let ranks =
-                wanted.ranks(method, pass, column, Counts { elements, nonzero: elements - upper.zeros });
-            places.push(
-                ranks
-                    .into_iter()
-                    .map(|rank| {
-                        let (bucket, below) = upper.bucket(rank);
-                        (rank, bucket, below)
-                    })
-                    .collect(),
-            );
-        }
-        let elements: Vec<u64> = upper.iter().map(Upper::total).collect();
-        drop(upper);
-        let buckets: Vec<Vec<u16>> =
-            places.iter().map(|p| p.iter().map(|(_, bucket, _)| *bucket).collect()).collect();
-        let mut lower: Vec<Lower> = buckets.iter().map(|b| Lower::new(b.clone())).collect();
-        if buckets.iter().any(|b| !b.is_empty()) {
-            let counting = Counting {
-                new: &|column: usize| Lower::new(buckets[column].clone()),
-                add: Lower::add,
-                merge: Lower::merge,
-                wanted: &|column: usize| !buckets[column].is_empty(),
-            };
-            for run in &self.runs {
-                run.count(pass, known, &mut lower, &counting)?;
-            }
-        }
-        for (column, places) in places.into_iter().enumerate() {
-            let found = places
-                .into_iter()
-                .map(|(rank, bucket, below)| lower[column].statistic(bucket, below, rank))
-                .collect();
-            wanted.found(column, elements[column], found);
-        }
-        Ok(wanted.finish())
     }
 }
 

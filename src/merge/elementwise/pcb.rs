@@ -80,13 +80,13 @@ impl Elementwise for Pcb {
         vec![Pass::Order { columns: self.weights.len() }; 2]
     }
 
+    fn by_magnitude(&self, pass: usize) -> bool {
+        pass == 0
+    }
+
     fn scores(&self, pass: usize, column: usize, piece: &Piece<'_>, known: &Known, scores: &mut [f32]) {
-        if pass == 1 {
-            return self.competition(piece, known, column, scores);
-        }
-        for (s, d) in scores.iter_mut().zip(piece.model(column)) {
-            *s = d.abs();
-        }
+        debug_assert_eq!(pass, 1, "the first is by magnitude");
+        self.competition(piece, known, column, scores);
     }
 
     fn ranks(&self, pass: usize, _column: usize, counts: Counts) -> Vec<u64> {

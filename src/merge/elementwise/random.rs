@@ -3,8 +3,12 @@
 //!
 //! The generator is Threefry-2x32 with 13 rounds (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3,
 //! SC 2011), which its authors found to pass BigCrush: additions, rotations and exclusive ors of 32 bits, which every
-//! vector unit has. Its key is XXH3-64 of tensor name and model under the seed; one block gives the numbers of two
-//! elements.
+//! vector unit has. Its key is XXH3-64 of tensor name and model under the seed.
+//!
+//! Whether an element is kept is whether 40 random bits are below its probability's. The first eight of them tell for all
+//! elements but one in 256: one block of the generator gives those of eight elements, and the rest is drawn where it counts.
+
+use std::cmp::Ordering;
 
 use twox_hash::XxHash3_64;
 
@@ -13,8 +17,12 @@ use crate::kernel::dispatch;
 /// Skein's constant for the last word of the key.
 const PARITY: u32 = 0x1bd1_1bda;
 
-/// Elements whose numbers are made at a time, in the first-level cache.
-const CHUNK: usize = 512;
+/// Elements that share a block.
+const EIGHT: usize = 8;
+/// Elements that are thinned at a time, in the first-level cache.
+const CHUNK: usize = 1024;
+/// Counters of the blocks that one element has for itself.
+const OWN: u64 = 1 << 63;
 
 /// The stream of one tensor of one model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,80 +40,75 @@ impl Stream {
         Self { key: [hash as u32, (hash >> 32) as u32] }
     }
 
-    /// 32 random bits of an element.
-    #[inline(always)]
-    pub fn bits(&self, element: u64) -> u32 {
-        self.block(element / 2)[(element % 2) as usize]
+    /// Whether an element is kept, which happens with `probability` in [0, 1], to 2⁻⁴⁰.
+    pub fn keeps(&self, element: u64, probability: f64) -> bool {
+        let [low, high] = self.block(element / EIGHT as u64);
+        let first = (u64::from(high) << 32 | u64::from(low)).to_le_bytes()[element as usize % EIGHT];
+        let threshold = Threshold::of(probability);
+        match u32::from(first).cmp(&threshold.first) {
+            Ordering::Less => true,
+            Ordering::Equal => self.keeps_by_rest(element, threshold),
+            Ordering::Greater => false,
+        }
     }
 
-    /// Whether an element is kept, which happens with `probability` in [0, 1], to 2⁻³².
-    #[inline(always)]
-    pub fn keeps(&self, element: u64, probability: f64) -> bool {
-        u64::from(self.bits(element)) < threshold(probability)
+    /// The same where the first bits do not tell: by 32 more, of a block that is the element's own.
+    #[cold]
+    fn keeps_by_rest(&self, element: u64, threshold: Threshold) -> bool {
+        self.block(element | OWN)[0] < threshold.rest
     }
 
     /// Sets to 0 what is not kept of the elements from `first` on.
     pub fn thin(&self, first: u64, probability: f64, values: &mut [f32]) {
-        // A probability of 1 is the only one whose threshold has no 32 bits.
-        let Ok(threshold) = u32::try_from(threshold(probability)) else { return };
-        self.for_each_chunk(first, values, |bits, values| {
+        let threshold = Threshold::of(probability);
+        let Ok(byte) = u8::try_from(threshold.first) else { return };
+        // Up to a whole block, then by chunks of them.
+        let head = (first.next_multiple_of(EIGHT as u64) - first).min(values.len() as u64) as usize;
+        let (values_before, values) = values.split_at_mut(head);
+        for (element, value) in (first..).zip(values_before) {
+            *value = if self.keeps(element, probability) { *value } else { 0.0 };
+        }
+        let first = first + head as u64;
+        for (k, values) in values.chunks_mut(CHUNK).enumerate() {
+            let first = first + (k * CHUNK) as u64;
+            let bytes = self.first_bytes(first / EIGHT as u64, values.len().div_ceil(EIGHT));
+            let bytes = &bytes.as_flattened()[..values.len()];
+            for at in memchr::memchr_iter(byte, bytes) {
+                if self.keeps_by_rest(first + at as u64, threshold) {
+                    continue;
+                }
+                values[at] = 0.0;
+            }
             dispatch(
                 #[inline(always)]
                 || {
-                    for (value, bits) in values.iter_mut().zip(bits) {
-                        *value = if *bits < threshold { *value } else { 0.0 };
+                    for (value, own) in values.iter_mut().zip(bytes) {
+                        *value = if *own <= byte { *value } else { 0.0 };
                     }
                 },
             );
-        });
-    }
-
-    /// The bits of the elements from `first` on.
-    pub fn fill(&self, first: u64, bits: &mut [u32]) {
-        let odd = (first % 2) as usize;
-        if odd == 1
-            && let Some(bits) = bits.first_mut()
-        {
-            *bits = self.bits(first);
-        }
-        let mut at = first.div_ceil(2);
-        for bits in bits.get_mut(odd..).unwrap_or_default().chunks_mut(CHUNK) {
-            self.fill_pairs(at, bits);
-            at += (CHUNK / 2) as u64;
         }
     }
 
-    /// A chunk at most, from the first word of block `at` on.
-    fn fill_pairs(&self, at: u64, bits: &mut [u32]) {
-        let (mut even, mut odd) = ([0u32; CHUNK / 2], [0u32; CHUNK / 2]);
+    /// The bytes of so many blocks, a chunk at most, from block `at` on.
+    fn first_bytes(&self, at: u64, blocks: usize) -> [[u8; EIGHT]; CHUNK / EIGHT] {
+        let mut bytes = [[0; EIGHT]; CHUNK / EIGHT];
         let [low, high] = [at as u32, (at >> 32) as u32];
         dispatch(
             #[inline(always)]
             || {
-                let blocks = bits.len().div_ceil(2);
+                let [mut even, mut odd] = [[0u32; CHUNK / EIGHT]; 2];
                 for (k, (even, odd)) in even[..blocks].iter_mut().zip(&mut odd[..blocks]).enumerate() {
                     let counter = low.wrapping_add(k as u32);
                     let carry = u32::from(counter < low);
                     [*even, *odd] = threefry(self.key, [counter, high.wrapping_add(carry)]);
                 }
-                let (pairs, rest) = bits.as_chunks_mut::<2>();
-                for ((pair, even), odd) in pairs.iter_mut().zip(&even).zip(&odd) {
-                    *pair = [*even, *odd];
-                }
-                if let [last] = rest {
-                    *last = even[blocks - 1];
+                for ((bytes, even), odd) in bytes.iter_mut().zip(&even).zip(&odd) {
+                    *bytes = (u64::from(*odd) << 32 | u64::from(*even)).to_le_bytes();
                 }
             },
         );
-    }
-
-    fn for_each_chunk(&self, first: u64, values: &mut [f32], mut work: impl FnMut(&[u32], &mut [f32])) {
-        let mut bits = [0; CHUNK];
-        for (k, values) in values.chunks_mut(CHUNK).enumerate() {
-            let bits = &mut bits[..values.len()];
-            self.fill(first + (k * CHUNK) as u64, bits);
-            work(bits, values);
-        }
+        bytes
     }
 
     #[inline(always)]
@@ -114,9 +117,19 @@ impl Stream {
     }
 }
 
-/// What 32 random bits are below with this probability.
-fn threshold(probability: f64) -> u64 {
-    (probability * 4_294_967_296.0) as u64
+/// What 40 random bits are below with a probability: the first eight, and the others.
+#[derive(Debug, Clone, Copy)]
+struct Threshold {
+    /// 256 for a probability of 1: every byte is below.
+    first: u32,
+    rest: u32,
+}
+
+impl Threshold {
+    fn of(probability: f64) -> Self {
+        let bits = (probability.clamp(0.0, 1.0) * 1_099_511_627_776.0) as u64;
+        Self { first: (bits >> 32) as u32, rest: bits as u32 }
+    }
 }
 
 /// Threefry-2x32-13.
@@ -163,22 +176,32 @@ mod tests {
     }
 
     #[test]
-    fn filling_is_asking_one_by_one() {
+    fn thinning_is_asking_one_by_one() {
         let stream = Stream::new(7, 1, "a.weight");
-        for first in [0, 1, 2, 511, (1 << 33) - 3, (1 << 34) - 300] {
-            for len in [0, 1, 2, 3, 700, 1025] {
-                let mut bits = vec![0; len];
-                stream.fill(first, &mut bits);
-                let expected: Vec<u32> = (0..len as u64).map(|k| stream.bits(first + k)).collect();
-                assert_eq!(bits, expected, "{len} from {first}");
-                for probability in [0.0, 0.3, 1.0] {
+        for first in [0, 1, 7, 511, (1 << 35) - 3, (1 << 36) - 3000] {
+            for len in [0, 1, 2, 9, 700, 3 * CHUNK + 1] {
+                for probability in [0.0, 1e-6, 0.3, 0.5, 1.0 - 1e-6, 1.0] {
                     let mut values = vec![1.0; len];
                     stream.thin(first, probability, &mut values);
                     let kept = |k| if stream.keeps(first + k, probability) { 1.0 } else { 0.0 };
-                    assert_eq!(values, (0..len as u64).map(kept).collect::<Vec<f32>>());
+                    let expected: Vec<f32> = (0..len as u64).map(kept).collect();
+                    assert_eq!(values, expected, "{len} from {first}, {probability}");
                 }
             }
         }
+    }
+
+    #[test]
+    fn bits_beyond_the_first_eight_count() {
+        let stream = Stream::new(7, 1, "a.weight");
+        let n = 1u64 << 22;
+        // Between two steps of eight bits: a quarter of the elements whose first bits do not tell are kept.
+        let probability = (77.0 + 0.25) / 256.0;
+        let [below, kept, above] =
+            [77.0 / 256.0, probability, 78.0 / 256.0].map(|p| (0..n).filter(|i| stream.keeps(*i, p)).count());
+        let undecided = (above - below) as f64;
+        let bound = 6.0 * (undecided * 0.25 * 0.75).sqrt();
+        assert!(((kept - below) as f64 - undecided / 4.0).abs() < bound, "{below} {kept} {above}");
     }
 
     #[test]

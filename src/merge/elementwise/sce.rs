@@ -42,7 +42,7 @@ impl Elementwise for Sce {
 
     fn passes(&self) -> Vec<Pass> {
         let squares = Pass::Sums { count: self.models };
-        if self.selects() { vec![Pass::Trim { columns: 1 }, squares] } else { vec![squares] }
+        if self.selects() { vec![Pass::Trim { columns: 1, norms: false }, squares] } else { vec![squares] }
     }
 
     fn scores(&self, _pass: usize, _column: usize, piece: &Piece<'_>, _known: &Known, scores: &mut [f32]) {

@@ -4,7 +4,7 @@
 //! first). `scope: model` is the paper's: one threshold a model over all tensors, and what equals it stays.
 
 use super::combine::{
-    Combine, DENSITY, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, Rescale, WEIGHT, add_norms, trimmed_factors,
+    Combine, DENSITY, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, Rescale, WEIGHT, trimmed_factors,
 };
 use super::{Arguments, BaseUse, Counts, Definition, Elementwise, Kept, Known, Pass, Piece};
 use crate::config::ParameterSpec;
@@ -55,8 +55,8 @@ impl Elementwise for Ties {
         self.rescale.trim_passes(&self.density)
     }
 
-    fn sums(&self, _pass: usize, piece: &mut Piece<'_>, _known: &Known, sums: &mut [f64]) {
-        add_norms(piece, sums, 0);
+    fn by_magnitude(&self, _pass: usize) -> bool {
+        true
     }
 
     fn kept(&self, _pass: usize, column: usize, counts: Counts) -> Kept {
