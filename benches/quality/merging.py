@@ -103,7 +103,9 @@ class Merger:
             for dotted, value in alone.items():
                 place, name = dotted.split(".")
                 config[place] = {**config.get(place, {}), name: value}
-        text = json.dumps([self.version, self.threads, alone is not None, config, _inputs(config)], sort_keys=True)
+        # The bytes are the same for any number of threads; only a timed merge depends on it.
+        timed = None if alone is None else self.threads
+        text = json.dumps([self.version, timed, config, _inputs(config)], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         record, directory = self.records / f"{key}.json", self.work / key
         if record.exists():

@@ -15,8 +15,8 @@ from collect_statistics import Statistics, statistics_file
 Config = dict[str, Any]
 ITERATIONS = [10, 30, 60, 100]
 DATA_FREE_ITERATIONS = [3, 10, 30, 100]
-RIDGES = [1e-3, 1e-2, 1e-1, 1.0, 10.0]
-DATA_FREE_RIDGES = [0.03, 0.1, 0.3, 1.0, 3.0]
+DATA_FREE_RIDGES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
+DENSITIES = [0.1, 0.2, 0.5]  # of the weights that TIES and PCB keep; their papers: 0.2
 WUDI: Config = {"merge_method": "wudi"}  # its own ridge: 0.3
 
 
@@ -112,12 +112,16 @@ def methods(ta_weight: float) -> Sequence[Method]:
     grams = ("grams",)
     return [
         Method("average", (Run({"merge_method": "linear"}),)),
-        Method("TIES", (Run({"merge_method": "ties", "parameters": {"weight": 1.0, "density": 0.2, "scope": "model"}},
-                            {"parameters.lambda": [0.5, 1.0, 1.5, 2.0]}),), note="density 0.2 over the whole model"),
-        Method("PCB", (Run({"merge_method": "pcb", "parameters": {"density": 0.2, "scope": "model"}},
-                           {"parameters.weight": [0.6, 1.0, 1.5, 2.0]}),), note="density 0.2 over the whole model"),
-        Method("Iso-C", (Run({"merge_method": "iso_c"}, {"parameters.lambda": [0.7, 1.0, 1.5, 2.0]}),)),
-        Method("TSV-M", (Run({"merge_method": "tsv_m"}, {"parameters.lambda": [0.6, 0.8, 1.0, 1.2]}),)),
+        Method("TIES", tuple(
+            Run({"merge_method": "ties", "parameters": {"weight": 1.0, "density": density, "scope": "model"}},
+                {"parameters.lambda": [0.5, 0.75, 1.0, 1.5]}, f"density={density}") for density in DENSITIES),
+               note="densities over the whole model"),
+        Method("PCB", tuple(
+            Run({"merge_method": "pcb", "parameters": {"density": density, "scope": "model"}},
+                {"parameters.weight": [0.2, 0.4, 0.6, 1.0]}, f"density={density}") for density in DENSITIES),
+               note="densities over the whole model"),
+        Method("Iso-C", (Run({"merge_method": "iso_c"}, {"parameters.lambda": [1.0, 1.5, 2.0, 2.5, 3.0]}),)),
+        Method("TSV-M", (Run({"merge_method": "tsv_m"}, {"parameters.lambda": [0.8, 1.0, 1.2, 1.5, 2.0]}),)),
         Method("Fisher", (Run({"merge_method": "fisher"}),), ("fisher",)),
         Method("RegMean", (Run({"merge_method": "regmean"}, {"parameters.off_diagonal": [0.5, 0.8, 0.9, 1.0]}),), grams),
         Method("MaTS gram, cg from task arithmetic", (
@@ -128,8 +132,8 @@ def methods(ta_weight: float) -> Sequence[Method]:
         Method("MaTS two rounds: task arithmetic, gram, kfac", (
             _kfac(cg, {"merge_method": "mats", "subspace": "gram", "initial": ta, "solver": {**cg, "max_iterations": 30}},
                   {"solver.max_iterations": [10, 30, 100]}),), grams, "cg, 30 steps of gram", "iterations"),
-        Method("kfac, ridge, from average", (_kfac(pcg, "average", {"solver.ridge": RIDGES}),), grams, axis="ridge"),
-        Method("kfac, ridge, from task arithmetic", (_kfac(pcg, ta, {"solver.ridge": RIDGES}),), grams, axis="ridge"),
+        Method("kfac, ridge, from average", (_kfac(pcg, "average", {"solver.ridge": [1e-3, 1e-2, 3e-2, 1e-1, 1.0]}),), grams, axis="ridge"),
+        Method("kfac, ridge, from task arithmetic", (_kfac(pcg, ta, {"solver.ridge": [1e-3, 1e-2, 1e-1, 1.0]}),), grams, axis="ridge"),
         Method("wudi, cg", (Run({"merge_method": "wudi", "solver": {"method": "cg", "ridge": 0.0}},
                                 {"solver.max_iterations": list(DATA_FREE_ITERATIONS)}),), axis="iterations"),
         Method("actmat, cg", (Run({"merge_method": "actmat", "solver": {"method": "cg", "ridge": 0.0}},
@@ -141,16 +145,16 @@ def methods(ta_weight: float) -> Sequence[Method]:
                 {"solver.ridge": [0.1, 1.0, 10.0]}),), grams, axis="ridge"),
         Method("kfac, ridge, from wudi 0.3", (_kfac(pcg, WUDI, {"solver.ridge": [0.1, 0.3, 1.0, 3.0, 10.0]}),), grams,
                axis="ridge"),
-        Method("kfac, ridge, from wudi 0.1 or 1", tuple(
-            _kfac(pcg, {**WUDI, "solver": {"ridge": start}}, {"solver.ridge": [1.0, 10.0]}, f"start={start}")
-            for start in (0.1, 1.0)), grams),
+        Method("kfac, ridge, from wudi of another ridge", tuple(
+            _kfac(pcg, {**WUDI, "solver": {"ridge": start}}, {"solver.ridge": [0.3, 1.0]}, f"start={start}")
+            for start in (0.03, 0.1, 1.0)), grams),
         Method("kfac by trace, ridge, from wudi 0.3", (
-            _kfac(pcg, WUDI, {"solver.ridge": [0.1, 1.0, 10.0]}, normalised=True),), grams,
+            _kfac(pcg, WUDI, {"solver.ridge": [0.1, 0.3, 1.0]}, normalised=True),), grams,
                "each model's factors scaled to the mean trace", "ridge"),
         Method("kfac, ridge, from Iso-C 1.5", (
-            _kfac(pcg, {"merge_method": "iso_c", "parameters": {"lambda": 1.5}}, {"solver.ridge": [0.1, 1.0]}),), grams,
+            _kfac(pcg, {"merge_method": "iso_c", "parameters": {"lambda": 1.5}}, {"solver.ridge": [0.1, 0.3, 1.0]}),), grams,
                axis="ridge"),
-        Method("kfac, ridge, from TSV-M", (_kfac(pcg, {"merge_method": "tsv_m"}, {"solver.ridge": [0.1, 1.0, 10.0]}),), grams,
+        Method("kfac, ridge, from TSV-M", (_kfac(pcg, {"merge_method": "tsv_m"}, {"solver.ridge": [0.03, 0.1, 0.3, 1.0]}),), grams,
                axis="ridge"),
         Method("default, no statistics", (Run({"merge_method": "mats"}),), default=True),
         Method("default, Grams", (Run({"merge_method": "mats"}),), grams, default=True),
