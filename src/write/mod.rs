@@ -18,6 +18,7 @@
 //! computes, encodes a dtype or decides a layout.
 
 pub mod checksum;
+mod coverage;
 mod error;
 pub(crate) mod fault;
 pub mod journal;

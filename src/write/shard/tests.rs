@@ -5,6 +5,7 @@ use safetensors::SafeTensors;
 use tempfile::TempDir;
 
 use super::super::ExitClass;
+use super::super::coverage::insert;
 use super::*;
 use crate::plan::shards::TensorSpec;
 
