@@ -7,8 +7,10 @@
 //! by the mean of those collected. Only 2-D weights; everything else gets the mean of the task vectors, times λ.
 
 use super::combine::LAMBDA;
-use super::whole::{ReadTask, WholeError, WholeTensor, gram_values, orthonormalise, recompose, svd};
-use super::{Arguments, BaseUse, Definition, Elementwise, Known, Piece};
+use super::whole::{
+    OnWeights, ReadTask, WholeError, WholeTensor, gram_values, orthonormalise, recompose, svd,
+};
+use super::{Arguments, BaseUse, Definition, Elementwise};
 use crate::config::{ParameterSpec, Range};
 use crate::kernel::{Buffer, Threading, gemm, mat, mat_mut};
 use crate::operator::BlockShape;
@@ -18,7 +20,7 @@ pub(super) static ISO_C: Definition = Definition {
     base: BaseUse::Required,
     models: (1, usize::MAX),
     parameters: &[LAMBDA],
-    build: |arguments| Ok(Box::new(Iso::new(arguments, None))),
+    build: |arguments| Ok(build(arguments, None)),
 };
 
 pub(super) static ISO_CTS: Definition = Definition {
@@ -26,7 +28,7 @@ pub(super) static ISO_CTS: Definition = Definition {
     base: BaseUse::Required,
     models: (1, usize::MAX),
     parameters: &[LAMBDA, ParameterSpec::number("common", Range::Unit)],
-    build: |arguments| Ok(Box::new(Iso::new(arguments, Some(arguments.number("common", 0.8))))),
+    build: |arguments| Ok(build(arguments, Some(arguments.number("common", 0.8)))),
 };
 
 #[derive(Debug)]
@@ -34,33 +36,11 @@ struct Iso {
     lambda: f64,
     /// Share of the common space, where tasks have spaces of their own.
     common: Option<f64>,
-    matrix: bool,
 }
 
-impl Iso {
-    fn new(arguments: &Arguments<'_>, common: Option<f64>) -> Self {
-        Self { lambda: arguments.number("lambda", 1.0), common, matrix: arguments.shape().len() == 2 }
-    }
-}
-
-/// `base + λ · mean of the task vectors`.
-pub(super) fn mean_of_tasks(piece: &Piece<'_>, lambda: f64, out: &mut [f32]) {
-    let models = piece.models();
-    super::gram::combine(piece, &vec![lambda / models as f64; models], true, out);
-}
-
-impl Elementwise for Iso {
-    fn task_vectors(&self) -> bool {
-        true
-    }
-
-    fn whole(&self) -> Option<&dyn WholeTensor> {
-        self.matrix.then_some(self)
-    }
-
-    fn merge(&self, piece: &mut Piece<'_>, _known: &Known, out: &mut [f32]) {
-        mean_of_tasks(piece, self.lambda, out);
-    }
+fn build(arguments: &Arguments<'_>, common: Option<f64>) -> Box<dyn Elementwise> {
+    let lambda = arguments.number("lambda", 1.0);
+    OnWeights::boxed(lambda, (arguments.shape().len() == 2).then_some(Iso { lambda, common }))
 }
 
 impl WholeTensor for Iso {

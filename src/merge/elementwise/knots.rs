@@ -11,9 +11,8 @@
 //! their space, here as in the paper.
 
 use super::combine::{DENSITY, LAMBDA, NORMALIZE};
-use super::iso::mean_of_tasks;
-use super::whole::{NULL, ReadTask, WholeError, WholeTensor, gram_values};
-use super::{Arguments, BaseUse, Definition, Elementwise, Known, Piece};
+use super::whole::{NULL, OnWeights, ReadTask, WholeError, WholeTensor, gram_values};
+use super::{Arguments, BaseUse, Definition, Elementwise};
 use crate::config::{ParameterSpec, Range};
 use crate::kernel::{Buffer, Threading, gemm, mat, mat_mut};
 use crate::operator::BlockShape;
@@ -42,7 +41,6 @@ struct Knots {
     /// Signs are elected.
     ties: bool,
     lambda: f64,
-    matrix: bool,
 }
 
 fn build(arguments: &Arguments<'_>) -> Result<Box<dyn Elementwise>, String> {
@@ -55,28 +53,11 @@ fn build(arguments: &Arguments<'_>) -> Result<Box<dyn Elementwise>, String> {
             "the weights {weights:?} sum to 0, and their sum divides (`normalize: false` sums)"
         ));
     }
-    Ok(Box::new(Knots {
-        weights,
-        density: arguments.numbers("density", 1.0),
-        normalize,
-        ties,
-        lambda: arguments.number("lambda", 1.0),
-        matrix: arguments.shape().len() == 2 && !is_embedding(arguments.tensor()),
-    }))
-}
-
-impl Elementwise for Knots {
-    fn task_vectors(&self) -> bool {
-        true
-    }
-
-    fn whole(&self) -> Option<&dyn WholeTensor> {
-        self.matrix.then_some(self)
-    }
-
-    fn merge(&self, piece: &mut Piece<'_>, _known: &Known, out: &mut [f32]) {
-        mean_of_tasks(piece, self.lambda, out);
-    }
+    let lambda = arguments.number("lambda", 1.0);
+    let density = arguments.numbers("density", 1.0);
+    let matrix = arguments.shape().len() == 2 && !is_embedding(arguments.tensor());
+    let knots = Knots { weights, density, normalize, ties, lambda };
+    Ok(OnWeights::boxed(lambda, matrix.then_some(knots)))
 }
 
 impl Knots {

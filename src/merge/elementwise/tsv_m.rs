@@ -6,9 +6,10 @@
 //! the mean of the task vectors. `lambda` scales both (1).
 
 use super::combine::LAMBDA;
-use super::iso::mean_of_tasks;
-use super::whole::{ReadTask, WholeError, WholeTensor, gram_values, orthonormalise, recompose, svd};
-use super::{Arguments, BaseUse, Definition, Elementwise, Known, Piece};
+use super::whole::{
+    OnWeights, ReadTask, WholeError, WholeTensor, gram_values, orthonormalise, recompose, svd,
+};
+use super::{Arguments, BaseUse, Definition, Elementwise};
 use crate::kernel::{Buffer, Threading};
 use crate::operator::BlockShape;
 
@@ -23,25 +24,11 @@ pub(super) static DEFINITION: Definition = Definition {
 #[derive(Debug)]
 struct TsvM {
     lambda: f64,
-    matrix: bool,
 }
 
 fn build(arguments: &Arguments<'_>) -> Result<Box<dyn Elementwise>, String> {
-    Ok(Box::new(TsvM { lambda: arguments.number("lambda", 1.0), matrix: arguments.shape().len() == 2 }))
-}
-
-impl Elementwise for TsvM {
-    fn task_vectors(&self) -> bool {
-        true
-    }
-
-    fn whole(&self) -> Option<&dyn WholeTensor> {
-        self.matrix.then_some(self)
-    }
-
-    fn merge(&self, piece: &mut Piece<'_>, _known: &Known, out: &mut [f32]) {
-        mean_of_tasks(piece, self.lambda, out);
-    }
+    let lambda = arguments.number("lambda", 1.0);
+    Ok(OnWeights::boxed(lambda, (arguments.shape().len() == 2).then_some(TsvM { lambda })))
 }
 
 impl WholeTensor for TsvM {

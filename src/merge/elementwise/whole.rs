@@ -4,6 +4,8 @@
 //! orthonormalisation from its inverse square root, so that errors are those of f64 times the squared condition. Directions whose singular value is below 1e-6 of the largest are null: they stay 0, where the papers' SVD
 //! completes them with arbitrary vectors.
 
+use super::gram::combine;
+use super::{Elementwise, Known, Piece};
 use crate::kernel::{Buffer, Threading, gemm, mat, mat_mut, transpose};
 use crate::merge::MergeError;
 use crate::operator::BlockShape;
@@ -33,6 +35,35 @@ impl From<MergeError> for WholeError {
 impl From<NoConvergence> for WholeError {
     fn from(error: NoConvergence) -> Self {
         Self::Eigen(error)
+    }
+}
+
+/// A method that is `W` on weights and `base + λ · mean of the task vectors` on everything else.
+#[derive(Debug)]
+pub(super) struct OnWeights<W> {
+    lambda: f64,
+    weight: Option<W>,
+}
+
+impl<W: WholeTensor + std::fmt::Debug + Send + 'static> OnWeights<W> {
+    /// `weight`: of a tensor that is one.
+    pub fn boxed(lambda: f64, weight: Option<W>) -> Box<dyn Elementwise> {
+        Box::new(Self { lambda, weight })
+    }
+}
+
+impl<W: WholeTensor + std::fmt::Debug + Send> Elementwise for OnWeights<W> {
+    fn task_vectors(&self) -> bool {
+        true
+    }
+
+    fn whole(&self) -> Option<&dyn WholeTensor> {
+        self.weight.as_ref().map(|weight| weight as &dyn WholeTensor)
+    }
+
+    fn merge(&self, piece: &mut Piece<'_>, _known: &Known, out: &mut [f32]) {
+        let models = piece.models();
+        combine(piece, &vec![self.lambda / models as f64; models], true, out);
     }
 }
 
