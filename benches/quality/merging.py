@@ -60,7 +60,10 @@ def _digest(path: Path) -> str:
 def _inputs(config: dict[str, Any]) -> list[str]:
     files = [Path(config["base_model"]) / "model.safetensors"] if "base_model" in config else []
     for entry in config["models"]:
-        files += [Path(entry["model"]) / "model.safetensors", *map(Path, entry.get("statistics", []))]
+        model, _, adapter = entry["model"].partition("+")
+        files += [Path(model) / "model.safetensors", *map(Path, entry.get("statistics", []))]
+        if adapter:
+            files.append(Path(adapter) / "adapter_model.safetensors")
     return [_digest(path) for path in files]
 
 

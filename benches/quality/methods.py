@@ -53,7 +53,8 @@ class Inputs:
         """The complete config of a run."""
         models = []
         for name, path in self.models.items():
-            entry: Config = {"model": str(path)}
+            adapter = path / "adapter"
+            entry: Config = {"model": f"{self.base}+{adapter}" if adapter.exists() else str(path)}
             files = [str(statistics_file(path, kind)) for kind in method.statistics]
             if files:
                 entry["statistics"] = files
@@ -104,8 +105,9 @@ def _kfac(solver: Config, initial: Any, sweep: Optional[dict[str, list[float]]],
     return Run(config, sweep, label, normalised)
 
 
-def methods(ta_weight: float) -> Sequence[Method]:
+def methods(ta_weight: float, tuning: str) -> Sequence[Method]:
     """All other rows, with the weight that validation chose for task arithmetic."""
+    knots = Method("KnOTS", (Run({"merge_method": "knots"}, {"parameters.lambda": [1.0, 1.5, 2.0, 3.0]}),))
     ta: Config = {"merge_method": "task_arithmetic", "parameters": {"weight": ta_weight}}
     iterations: dict[str, list[float]] = {"solver.max_iterations": list(ITERATIONS)}
     cg, pcg = {"method": "cg"}, {"method": "pcg"}
@@ -122,6 +124,7 @@ def methods(ta_weight: float) -> Sequence[Method]:
                note="densities over the whole model"),
         Method("Iso-C", (Run({"merge_method": "iso_c"}, {"parameters.lambda": [1.0, 1.5, 2.0, 2.5, 3.0]}),)),
         Method("TSV-M", (Run({"merge_method": "tsv_m"}, {"parameters.lambda": [0.8, 1.0, 1.2, 1.5, 2.0]}),)),
+        *([knots] if tuning == "lora" else []),
         Method("Fisher", (Run({"merge_method": "fisher"}),), ("fisher",)),
         Method("RegMean", (Run({"merge_method": "regmean"}, {"parameters.off_diagonal": [0.5, 0.8, 0.9, 1.0]}),), grams),
         Method("MaTS gram, cg from task arithmetic", (

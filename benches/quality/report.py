@@ -11,7 +11,7 @@ from matplotlib import pyplot
 
 from collect_statistics import EXAMPLES
 from evaluate import Outcome
-from finetune import RECIPE
+from finetune import Recipe
 from scores import Bootstrap, Correct, normalised, stack
 from tasks import Task
 
@@ -144,7 +144,7 @@ def _plots(results: Results, directory: Path) -> list[str]:
     return lines
 
 
-def write(directory: Path, tasks: Sequence[Task], seeds: Sequence[int], references: Sequence["Reference"],
+def write(directory: Path, recipe: Recipe, tasks: Sequence[Task], seeds: Sequence[int], references: Sequence["Reference"],
           rows: Sequence["Row"], weight: float) -> None:
     """Writes `RESULTS.md`, `iterations.svg` and `ridge.svg`."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -154,9 +154,8 @@ def write(directory: Path, tasks: Sequence[Task], seeds: Sequence[int], referenc
         "# What merging keeps: MiniLM-L6, six tasks, " + count,
         "",
         "Written by `python benches/quality/run.py CACHE`; README.md says what it does. Seeds: "
-        f"{', '.join(map(str, seeds))}. Fine-tuning: all six encoder layers, {RECIPE.epochs} epochs of batches of "
-        f"{RECIPE.batch}, AdamW, learning rate {RECIPE.learning_rate:g} (heads {RECIPE.head_learning_rate:g}), embeddings "
-        f"frozen. Statistics: the first {EXAMPLES} training examples. Task arithmetic as a start: weight {weight:g}.",
+        f"{', '.join(map(str, seeds))}. Fine-tuning: {recipe.describe()}. "
+        f"Statistics: the first {EXAMPLES} training examples. Task arithmetic as a start: weight {weight:g}.",
         "",
         "| task | what | classes | largest class, % | train, validation, test |",
         "|---|---|---:|---:|---|",

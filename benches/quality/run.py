@@ -25,7 +25,7 @@ import torch  # noqa: E402  after the environment is set
 from collect_statistics import collect_statistics  # noqa: E402
 from evaluate import SPLITS, Evaluator, Outcome  # noqa: E402
 from fetch import SOURCES, FetchError, fetch  # noqa: E402
-from finetune import cache_key, finetune  # noqa: E402
+from finetune import RECIPES, cache_key, finetune  # noqa: E402
 from merging import Merged, MergeFailed, Merger, log  # noqa: E402
 from methods import Inputs, Method, methods, task_arithmetic  # noqa: E402
 from model import Pretrained  # noqa: E402
@@ -78,6 +78,7 @@ def prepare(cache: Path, seeds: Sequence[int], tasks: Sequence[Task], pretrained
             arguments: argparse.Namespace) -> list[Seed]:
     """Trains and collects what the cache lacks and the methods need."""
     statistics = any(method.statistics for method in wanted_methods(0.0, arguments))
+    recipe = RECIPES[arguments.tuning]
     base = cache / "models" / "base"
     if not (base / "config.json").exists():
         pretrained.save_base(base)
@@ -85,10 +86,10 @@ def prepare(cache: Path, seeds: Sequence[int], tasks: Sequence[Task], pretrained
     for number in seeds:
         models = {}
         for task in tasks:
-            key = cache_key(task, number, SOURCES["minilm"].sha256)
+            key = cache_key(task, number, SOURCES["minilm"].sha256, recipe)
             path = cache / "models" / f"{task.name}-{number}-{key}"
             if not path.exists():
-                finetune(pretrained, task, number, path)
+                finetune(pretrained, task, number, path, recipe)
             if statistics:
                 collect_statistics(pretrained, task, path)
             models[task.name] = path
@@ -100,7 +101,7 @@ def prepare(cache: Path, seeds: Sequence[int], tasks: Sequence[Task], pretrained
 
 def wanted_methods(weight: float, arguments: argparse.Namespace) -> list[Method]:
     """Those that `--methods` lets through."""
-    return [method for method in methods(weight) if re.search(arguments.methods, method.name)]
+    return [method for method in methods(weight, arguments.tuning) if re.search(arguments.methods, method.name)]
 
 
 def validate(method: Method, seeds: Sequence[Seed]) -> Row:
@@ -179,6 +180,7 @@ def arguments_of(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,1,2", help="of the fine-tuning runs (default: 0,1,2)")
     parser.add_argument("--binary", type=Path, default=HERE.parents[1] / "target" / "release" / "mats-stream")
     parser.add_argument("--threads", type=int, default=0, help="of merging, training and evaluating (default: all)")
+    parser.add_argument("--tuning", choices=sorted(RECIPES), default="full", help="how the models are fine-tuned")
     parser.add_argument("--methods", default="", help="only rows whose name matches this pattern")
     parser.add_argument("--start-weight", type=float,
                         help="of task arithmetic where it is a start (default: chosen on the first seed)")
@@ -219,7 +221,7 @@ def main() -> None:
             log(f"{row.method.name}: {row.settings[row.chosen].name or 'as it is'}")
             if arguments.alone:
                 time_alone(row, seeds[0])
-        write(arguments.out, tasks, numbers, [individual, pretrained_row], rows, weight)
+        write(arguments.out, RECIPES[arguments.tuning], tasks, numbers, [individual, pretrained_row], rows, weight)
         for seed in seeds:
             seed.merger.clean()
     except (FetchError, MergeFailed) as error:

@@ -41,7 +41,7 @@ pub(super) struct Bracket {
 
 impl Bracket {
     /// Around the share `rank` in [0, 1] of the scores, with `bins` bins, as far as a sample tells. `sample`: clusters of
-    /// keys, one after the other; `scratch`: room for as many. `None` where the bins do not suffice.
+    /// keys, one after the other; `scratch`: room for as many. `None` where the bins do not suffice, or the rank is too near to an end.
     pub fn around(rank: f64, bins: usize, sample: &[u32], scratch: &mut Vec<u32>) -> Option<Self> {
         let count = sample.len();
         let last = count.checked_sub(1)?;
@@ -51,17 +51,12 @@ impl Bracket {
         let (below, middle, above) = scratch.select_nth_unstable(place.min(last));
         let middle = *middle;
         let margin = (DEVIATIONS * deviation(sample, middle)).ceil() as usize + 1;
-        // An end that the sample does not have is the end of the keys it has.
-        let low = match below.len().checked_sub(margin) {
-            _ if below.is_empty() => middle,
-            None => *below.iter().min()?,
-            Some(at) => *below.select_nth_unstable(at).1,
-        };
-        let high = match above.get(margin - 1) {
-            _ if above.is_empty() => middle,
-            None => *above.iter().max()?,
-            Some(_) => *above.select_nth_unstable(margin - 1).1,
-        };
+        // What the sample does not have on both sides, it says nothing about.
+        let low = *below.select_nth_unstable(below.len().checked_sub(margin)?).1;
+        if above.len() < margin {
+            return None;
+        }
+        let high = *above.select_nth_unstable(margin - 1).1;
         let inside = |key: u32| if (low..=high).contains(&key) { key } else { 0 };
         let zeros = sample.iter().fold(0, |any, key| any | inside(*key)).trailing_zeros();
         let width = u64::from(high - low) + 1;
@@ -192,7 +187,7 @@ impl Near {
 
     /// Adds the sums that [`Near::sum_of_least`] takes: of all magnitudes, then of those above each bracket.
     pub fn add_sums(&self, values: &[f32], sums: &mut [f64]) {
-        add_sums_above(values, self.brackets.iter().map(|b| b.first + b.len), sums);
+        add_sums_above(values, self.brackets.iter().map(|b| b.first.saturating_add(b.len)), sums);
     }
 
     /// Sum of the `rank` least magnitudes, `found` being the statistic at `rank` or just before it, in bracket `k`.

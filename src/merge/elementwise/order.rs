@@ -170,8 +170,9 @@ impl Lower {
 
     /// Adds the sums that [`Lower::sum_of_least`] takes: of all magnitudes, then of those above each bucket.
     pub fn add_sums(&self, values: &[f32], sums: &mut [f64]) {
-        let ends =
-            self.buckets.iter().map(|bucket| (u32::from(*bucket) + 1).checked_shl(16).unwrap_or(u32::MAX));
+        // No number has a key in the last bucket.
+        let end = |bucket: &u16| bucket.checked_add(1).map_or(u32::MAX, |next| u32::from(next) << 16);
+        let ends = self.buckets.iter().map(end);
         add_sums_above(values, ends, sums);
     }
 
