@@ -172,7 +172,8 @@ impl Run<'_> {
         let columns = sample.len();
         let take = |part: Range<u64>| -> Result<Vec<Vec<u32>>, MergeError> {
             let mut slot = small.slot(1);
-            let mut taken = vec![Vec::new(); columns];
+            let room = (part.end - part.start) as usize * near::CLUSTER;
+            let mut taken: Vec<Vec<u32>> = (0..columns).map(|_| Vec::with_capacity(room)).collect();
             for k in part {
                 // In the middle of its part of the tensor.
                 let piece = (2 * k + 1) * whole / (2 * wanted);
@@ -183,13 +184,14 @@ impl Run<'_> {
             }
             Ok(taken)
         };
+        let part = |k: usize| {
+            let first = k as u64 * SAMPLE_STRETCH;
+            take(first..(first + SAMPLE_STRETCH).min(wanted))
+        };
+        let parts = wanted.div_ceil(SAMPLE_STRETCH) as usize;
         let parts: Vec<_> = match self.context.threading {
-            Threading::Sequential => vec![take(0..wanted)],
-            Threading::Parallel => {
-                let part = |k: u64| take(k * SAMPLE_STRETCH..((k + 1) * SAMPLE_STRETCH).min(wanted));
-                let parts = wanted.div_ceil(SAMPLE_STRETCH) as usize;
-                (0..parts).into_par_iter().map(|k| part(k as u64)).collect()
-            }
+            Threading::Sequential => (0..parts).map(part).collect(),
+            Threading::Parallel => (0..parts).into_par_iter().map(part).collect(),
         };
         for part in parts {
             sample.iter_mut().zip(part?).for_each(|(keys, mut taken)| keys.append(&mut taken));
@@ -334,7 +336,8 @@ impl ModelPasses<'_> {
         if !(near::LEAST_SCORES..near::MOST_SCORES).contains(&elements) || method.row_length().is_some() {
             return Ok(None);
         }
-        let mut sample: Vec<Vec<u32>> = vec![Vec::new(); columns];
+        let room = near::clusters(elements) as usize * near::CLUSTER;
+        let mut sample: Vec<Vec<u32>> = (0..columns).map(|_| Vec::with_capacity(room)).collect();
         for run in &self.runs {
             run.sample(pass, known, near::clusters(elements), elements, &mut sample)?;
         }
