@@ -88,9 +88,11 @@ const CONVERT: &str = "convert them first, for example with `save_pretrained(…
 /// Extensions that PyTorch's pickles go by.
 const PICKLED: [&str; 4] = ["bin", "pt", "pth", "ckpt"];
 
-/// What a file that begins so is, where it is one of PyTorch's formats: none has a header length within the limit.
+/// What a file that begins so is, where it is one of PyTorch's formats. A safetensors header of 640 bytes begins like a
+/// pickle does: what would be a header length within the limit is one.
 fn pickled_prefix(prefix: &[u8; 8]) -> Option<&'static str> {
     match prefix {
+        _ if u64::from_le_bytes(*prefix) <= MAX_HEADER_BYTES => None,
         [b'P', b'K', 3, 4, ..] => Some("a zip archive (pickled weights)"),
         [0x80, 2..=5, ..] => Some("a pickle"),
         _ => None,

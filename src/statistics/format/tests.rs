@@ -37,6 +37,21 @@ fn assert_refused(files: &[Contents<'_>], expected: &str) {
 }
 
 #[test]
+fn a_header_as_long_as_a_pickle_begins() {
+    // 0x0280 to 0x0580 bytes: the first two bytes of the file are those of a pickle of protocol 2 to 5.
+    for header in [640, 896, 1152, 1408] {
+        let text = |filler: usize| "x".repeat(filler);
+        let tensors = [zeros("w/input_gram", &[2, 2])];
+        let length = |filler: usize| {
+            let bytes = file(&[FORMAT_ENTRY, ("model", &text(filler))], &tensors);
+            u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes"))
+        };
+        let filler = (0..header).find(|filler| length(*filler) == header as u64).expect("some filler does");
+        open(&[(&[("model", &text(filler))], &tensors)]).expect("well-formed");
+    }
+}
+
+#[test]
 fn kinds_and_forms() {
     let tensors = [
         zeros("l.a/w/input_gram", &[3, 3]),
