@@ -1,4 +1,5 @@
-"""Fine-tunes the six encoder layers on one task, in full or by LoRA adapters; embeddings stay frozen, the head is the task's own.
+"""Fine-tunes the six encoder layers on one task, in full or by LoRA adapters; embeddings stay frozen, the head is the
+task's own.
 
 Called by run.py for what the cache lacks. One thread and one seed give the same weights on the same torch; what was
 trained is kept, so that all methods merge the same models.

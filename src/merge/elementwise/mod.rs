@@ -135,8 +135,8 @@ pub enum Pass {
         columns: usize,
     },
     /// Of the columns (model by model, or one for all), only what [`Elementwise::kept`] says stays; the rest is 0 from
-    /// here on. A score of 0 must stand for a value of 0: how many of those stay is not counted. As many
-    /// reads as [`Pass::Order`].
+    /// here on. A score of 0 must stand for a value of 0: how many of those stay is not counted. As many reads as
+    /// [`Pass::Order`].
     Trim {
         /// As many as there are models, or 1.
         columns: usize,
@@ -187,8 +187,12 @@ pub trait Elementwise: Debug + Send + Sync {
         false
     }
 
-    /// Scores of one piece in one column of pass `pass`.
-    fn scores(&self, _pass: usize, _column: usize, _piece: &Piece<'_>, _known: &Known, _scores: &mut [f32]) {}
+    /// Scores of one piece in one column of pass `pass`; the magnitudes of the column's model unless overridden.
+    fn scores(&self, _pass: usize, column: usize, piece: &Piece<'_>, _known: &Known, scores: &mut [f32]) {
+        for (s, x) in scores.iter_mut().zip(piece.model(column)) {
+            *s = x.abs();
+        }
+    }
 
     /// Ascending ranks, from 0, that an [`Pass::Order`] selects: three at most.
     fn ranks(&self, _pass: usize, _column: usize, _counts: Counts) -> Vec<u64> {
@@ -352,5 +356,26 @@ impl PartialEq for MethodStart {
     fn eq(&self, other: &Self) -> bool {
         (self.name, self.base, &self.models) == (other.name, other.base, &other.models)
             && Arc::ptr_eq(&self.method, &other.method)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug)]
+    struct Plain;
+
+    impl Elementwise for Plain {
+        fn merge(&self, _piece: &mut Piece<'_>, _known: &Known, _out: &mut [f32]) {}
+    }
+
+    #[test]
+    fn scores_are_magnitudes_unless_a_method_says_otherwise() {
+        let mut models = [1.0, -2.0, -0.5, 3.0];
+        let piece = Piece::new(0, 2, &[], &mut models);
+        let mut scores = [0.0; 2];
+        Plain.scores(0, 1, &piece, &Known::default(), &mut scores);
+        assert_eq!(scores, [0.5, 3.0]);
     }
 }

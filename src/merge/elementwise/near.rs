@@ -5,7 +5,7 @@
 //! in two reads. The differences of 16-bit values have few significant bits, so a bracket's bins may stand for multiples
 //! of a power of two; the few keys that are none are kept one by one.
 
-use super::order::{OrderStatistic, Scores, add_sums_above, sum_of_least};
+use super::order::{Counter, OrderStatistic, add_sums_above, sum_of_least};
 use crate::kernel::Buffer;
 use crate::kernel::ranked::{self, AT_ONCE, Offsets, within};
 
@@ -19,10 +19,9 @@ pub(super) const MOST_SCORES: u64 = u32::MAX as u64;
 pub(super) const CLUSTER: usize = 256;
 /// Largest sample of a column.
 const MOST_SAMPLED: u64 = 1 << 17;
-/// Standard deviations of the sample's rank on either side of a bracket: a miss costs two more reads and is seen once
-/// in two million brackets.
+/// Standard deviations of the sample's rank on either side of a bracket: of normal ones, one in two million lies outside.
+/// Such a miss costs the read that did not find it.
 const DEVIATIONS: f64 = 5.0;
-
 /// Most keys between a column's bins.
 const MOST_BETWEEN: usize = 1 << 12;
 
@@ -41,7 +40,8 @@ pub(super) struct Bracket {
 
 impl Bracket {
     /// Around the share `rank` in [0, 1] of the scores, with `bins` bins, as far as a sample tells. `sample`: clusters of
-    /// keys, one after the other; `scratch`: room for as many. `None` where the bins do not suffice, or the rank is too near to an end.
+    /// keys, one after the other; `scratch`: room for as many. `None` where the bins do not suffice, or where the rank is
+    /// too near to an end.
     pub fn around(rank: f64, bins: usize, sample: &[u32], scratch: &mut Vec<u32>) -> Option<Self> {
         let count = sample.len();
         let last = count.checked_sub(1)?;
@@ -99,59 +99,6 @@ impl Near {
         Self { brackets, counts, below, total: 0, zeros: 0, between }
     }
 
-    pub fn brackets(&self) -> &[Bracket] {
-        &self.brackets
-    }
-
-    pub fn add(&mut self, scores: Scores<'_>) {
-        match scores {
-            Scores::Plain(scores) => self.add_of::<false>(scores),
-            Scores::Magnitudes(values) => self.add_of::<true>(values),
-        }
-    }
-
-    fn add_of<const MAGNITUDE: bool>(&mut self, scores: &[f32]) {
-        let mut offsets: Offsets = [0; _];
-        self.total += scores.len() as u64;
-        for scores in scores.chunks(AT_ONCE) {
-            if self.brackets.is_empty() {
-                self.zeros += u64::from(within::<MAGNITUDE>(scores, 0, 0, &mut offsets).zeros);
-            }
-            for (k, bracket) in self.brackets.iter().enumerate() {
-                let found = within::<MAGNITUDE>(scores, bracket.first, bracket.len, &mut offsets);
-                self.below[k] += u64::from(found.below);
-                if k == 0 {
-                    self.zeros += u64::from(found.zeros);
-                }
-                let (counts, between) = (&mut self.counts[k], &mut self.between[k]);
-                let odd = (1u32 << bracket.shift) - 1;
-                for offset in &offsets[..found.inside] {
-                    if offset & odd == 0 {
-                        counts[(offset >> bracket.shift) as usize] += 1;
-                    } else if between.len() <= MOST_BETWEEN {
-                        between.push(*offset);
-                    }
-                }
-            }
-        }
-    }
-
-    pub fn merge(&mut self, other: &Self) {
-        self.total += other.total;
-        self.zeros += other.zeros;
-        for (own, other) in self.below.iter_mut().zip(&other.below) {
-            *own += other;
-        }
-        for (own, other) in self.between.iter_mut().zip(&other.between) {
-            own.extend_from_slice(&other[..other.len().min((MOST_BETWEEN + 1).saturating_sub(own.len()))]);
-        }
-        for (own, other) in self.counts.iter_mut().zip(&other.counts) {
-            for (a, b) in own.iter_mut().zip(other.iter()) {
-                *a += b;
-            }
-        }
-    }
-
     /// The keys in bracket `k`, ascending, each with the number of its scores.
     fn keys(&self, k: usize) -> impl Iterator<Item = (u32, u64)> {
         let Bracket { first, shift, .. } = self.brackets[k];
@@ -185,20 +132,69 @@ impl Near {
         None
     }
 
-    /// Adds the sums that [`Near::sum_of_least`] takes: of all magnitudes, then of those above each bracket.
-    pub fn add_sums(&self, values: &[f32], sums: &mut [f64]) {
-        add_sums_above(values, self.brackets.iter().map(|b| b.first.saturating_add(b.len)), sums);
-    }
-
     /// Sum of the `rank` least magnitudes, `found` being the statistic at `rank` or just before it, in bracket `k`.
     pub fn sum_of_least(&self, k: usize, rank: u64, found: OrderStatistic, sums: &[f64]) -> f64 {
         sum_of_least(self.keys(k), rank, found, sums[0] - sums[1 + k])
     }
 }
 
+impl Counter for Near {
+    fn add_of<const MAGNITUDE: bool>(&mut self, scores: &[f32]) {
+        let mut offsets: Offsets = [0; _];
+        self.total += scores.len() as u64;
+        for scores in scores.chunks(AT_ONCE) {
+            if self.brackets.is_empty() {
+                self.zeros += u64::from(within::<MAGNITUDE>(scores, 0, 0, &mut offsets).zeros);
+            }
+            for (k, bracket) in self.brackets.iter().enumerate() {
+                let found = within::<MAGNITUDE>(scores, bracket.first, bracket.len, &mut offsets);
+                self.below[k] += u64::from(found.below);
+                if k == 0 {
+                    self.zeros += u64::from(found.zeros);
+                }
+                let (counts, between) = (&mut self.counts[k], &mut self.between[k]);
+                let odd = (1u32 << bracket.shift) - 1;
+                for offset in &offsets[..found.inside] {
+                    if offset & odd == 0 {
+                        counts[(offset >> bracket.shift) as usize] += 1;
+                    } else if between.len() <= MOST_BETWEEN {
+                        between.push(*offset);
+                    }
+                }
+            }
+        }
+    }
+
+    fn merge(&mut self, other: &Self) {
+        self.total += other.total;
+        self.zeros += other.zeros;
+        for (own, other) in self.below.iter_mut().zip(&other.below) {
+            *own += other;
+        }
+        for (own, other) in self.between.iter_mut().zip(&other.between) {
+            own.extend_from_slice(&other[..other.len().min((MOST_BETWEEN + 1).saturating_sub(own.len()))]);
+        }
+        for (own, other) in self.counts.iter_mut().zip(&other.counts) {
+            for (a, b) in own.iter_mut().zip(other.iter()) {
+                *a += b;
+            }
+        }
+    }
+
+    fn sums(&self) -> usize {
+        1 + self.brackets.len()
+    }
+
+    /// The sums that [`Near::sum_of_least`] takes: of all magnitudes, then of those above each bracket.
+    fn add_sums(&self, values: &[f32], sums: &mut [f64]) {
+        add_sums_above(values, self.brackets.iter().map(|b| b.first.saturating_add(b.len)), sums);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::merge::elementwise::order::Scores;
 
     /// Scores like those of the differences of two models, their clusters of different scale: in f32, or of bf16 values.
     fn differences(count: usize, short: bool) -> Vec<f32> {

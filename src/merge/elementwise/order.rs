@@ -41,6 +41,31 @@ pub(super) fn zero_keys(keys: &[u32]) -> usize {
     keys.iter().filter(|key| **key == 0x8000_0000 || **key == 0x7fff_ffff).count()
 }
 
+/// What a read of scores collects of one column.
+pub(super) trait Counter: Send + Sync {
+    /// Counts scores, or the magnitudes of values.
+    fn add_of<const MAGNITUDE: bool>(&mut self, scores: &[f32]);
+
+    /// Adds what another counter of the column has counted.
+    fn merge(&mut self, other: &Self);
+
+    /// How many sums it needs beside its counts, where norms are asked for.
+    fn sums(&self) -> usize {
+        0
+    }
+
+    /// Adds what a piece's magnitudes contribute to these sums.
+    fn add_sums(&self, _values: &[f32], _sums: &mut [f64]) {}
+
+    /// Counts a piece's scores.
+    fn add(&mut self, scores: Scores<'_>) {
+        match scores {
+            Scores::Plain(scores) => self.add_of::<false>(scores),
+            Scores::Magnitudes(values) => self.add_of::<true>(values),
+        }
+    }
+}
+
 /// One order statistic.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct OrderStatistic {
@@ -64,13 +89,18 @@ impl Upper {
         Self { counts: Buffer::zeroed(BINS), zeros: 0 }
     }
 
-    pub fn add(&mut self, scores: Scores<'_>) {
-        match scores {
-            Scores::Plain(scores) => self.add_of::<false>(scores),
-            Scores::Magnitudes(values) => self.add_of::<true>(values),
-        }
+    pub fn total(&self) -> u64 {
+        self.counts.iter().sum()
     }
 
+    /// The bucket of an ascending rank, and how many scores lie below that bucket.
+    pub fn bucket(&self, rank: u64) -> (u16, u64) {
+        let (bin, below) = find(self.counts.iter().copied(), rank).expect("a rank of what was counted");
+        (bin as u16, below)
+    }
+}
+
+impl Counter for Upper {
     fn add_of<const MAGNITUDE: bool>(&mut self, scores: &[f32]) {
         let counts: &mut [u64; BINS] = (&mut self.counts[..BINS]).try_into().expect("as many as were made");
         // Keys first, by vectors: what is left to do one by one is the counting alone.
@@ -94,21 +124,11 @@ impl Upper {
         }
     }
 
-    pub fn merge(&mut self, other: &Self) {
+    fn merge(&mut self, other: &Self) {
         self.zeros += other.zeros;
         for (a, b) in self.counts.iter_mut().zip(other.counts.iter()) {
             *a += b;
         }
-    }
-
-    pub fn total(&self) -> u64 {
-        self.counts.iter().sum()
-    }
-
-    /// The bucket of an ascending rank, and how many scores lie below that bucket.
-    pub fn bucket(&self, rank: u64) -> (u16, u64) {
-        let (bin, below) = find(self.counts.iter().copied(), rank).expect("a rank of what was counted");
-        (bin as u16, below)
     }
 }
 
@@ -127,13 +147,32 @@ impl Lower {
         Self { buckets, counts }
     }
 
-    pub fn add(&mut self, scores: Scores<'_>) {
-        match scores {
-            Scores::Plain(scores) => self.add_of::<false>(scores),
-            Scores::Magnitudes(values) => self.add_of::<true>(values),
+    /// The statistic at ascending rank `rank`, which lies in `bucket` with `below` scores before that.
+    pub fn statistic(&self, bucket: u16, below: u64, rank: u64) -> OrderStatistic {
+        let counts = &self.counts[self.place(bucket)];
+        let (low, within) =
+            find(counts.iter().copied(), rank - below).expect("counted because a rank lies in it");
+        OrderStatistic {
+            score: score(u32::from(bucket) << 16 | low as u32),
+            below: below + within,
+            equal: counts[low],
         }
     }
 
+    /// Sum of the `rank` least magnitudes, `found` being the statistic at `rank` or just before it, in `bucket`.
+    pub fn sum_of_least(&self, bucket: u16, rank: u64, found: OrderStatistic, sums: &[f64]) -> f64 {
+        let place = self.place(bucket);
+        let bins = self.counts[place].iter().enumerate();
+        let keys = bins.map(|(bin, count)| (u32::from(bucket) << 16 | bin as u32, *count));
+        sum_of_least(keys, rank, found, sums[0] - sums[1 + place])
+    }
+
+    fn place(&self, bucket: u16) -> usize {
+        self.buckets.binary_search(&bucket).expect("of those it was made for")
+    }
+}
+
+impl Counter for Lower {
     fn add_of<const MAGNITUDE: bool>(&mut self, scores: &[f32]) {
         let mut offsets: Offsets = [0; _];
         for (bucket, counts) in self.buckets.iter().zip(&mut self.counts) {
@@ -148,7 +187,7 @@ impl Lower {
         }
     }
 
-    pub fn merge(&mut self, other: &Self) {
+    fn merge(&mut self, other: &Self) {
         for (own, other) in self.counts.iter_mut().zip(&other.counts) {
             for (a, b) in own.iter_mut().zip(other.iter()) {
                 *a += b;
@@ -156,40 +195,16 @@ impl Lower {
         }
     }
 
-    /// The statistic at ascending rank `rank`, which lies in `bucket` with `below` scores before that.
-    pub fn statistic(&self, bucket: u16, below: u64, rank: u64) -> OrderStatistic {
-        let counts = &self.counts[self.place(bucket)];
-        let (low, within) =
-            find(counts.iter().copied(), rank - below).expect("counted because a rank lies in it");
-        OrderStatistic {
-            score: score(u32::from(bucket) << 16 | low as u32),
-            below: below + within,
-            equal: counts[low],
-        }
+    fn sums(&self) -> usize {
+        1 + self.buckets.len()
     }
 
-    /// Adds the sums that [`Lower::sum_of_least`] takes: of all magnitudes, then of those above each bucket.
-    pub fn add_sums(&self, values: &[f32], sums: &mut [f64]) {
+    /// The sums that [`Lower::sum_of_least`] takes: of all magnitudes, then of those above each bucket.
+    fn add_sums(&self, values: &[f32], sums: &mut [f64]) {
         // No number has a key in the last bucket.
         let end = |bucket: &u16| bucket.checked_add(1).map_or(u32::MAX, |next| u32::from(next) << 16);
         let ends = self.buckets.iter().map(end);
         add_sums_above(values, ends, sums);
-    }
-
-    /// Sum of the `rank` least magnitudes, `found` being the statistic at `rank` or just before it, in `bucket`.
-    pub fn sum_of_least(&self, bucket: u16, rank: u64, found: OrderStatistic, sums: &[f64]) -> f64 {
-        let place = self.place(bucket);
-        let bins = self.counts[place].iter().enumerate();
-        let keys = bins.map(|(bin, count)| (u32::from(bucket) << 16 | bin as u32, *count));
-        sum_of_least(keys, rank, found, sums[0] - sums[1 + place])
-    }
-
-    pub fn buckets(&self) -> &[u16] {
-        &self.buckets
-    }
-
-    fn place(&self, bucket: u16) -> usize {
-        self.buckets.binary_search(&bucket).expect("of those it was made for")
     }
 }
 

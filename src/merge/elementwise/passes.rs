@@ -156,7 +156,8 @@ impl Cut {
     }
 }
 
-/// Times a pass reads the data, at most: an order takes one read where a sample tells where its ranks lie.
+/// Times a pass reads the data, as a plan counts: an order takes one read where a sample (of up to 1/64) tells where its
+/// ranks lie, two where it does not, and three where it was wrong.
 fn reads(pass: Pass) -> u64 {
     if matches!(pass, Pass::Sums { .. }) { 1 } else { 2 }
 }

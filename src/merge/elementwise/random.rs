@@ -74,10 +74,9 @@ impl Stream {
             let bytes = self.first_bytes(first / EIGHT as u64, values.len().div_ceil(EIGHT));
             let bytes = &bytes.as_flattened()[..values.len()];
             for at in memchr::memchr_iter(byte, bytes) {
-                if self.keeps_by_rest(first + at as u64, threshold) {
-                    continue;
+                if !self.keeps_by_rest(first + at as u64, threshold) {
+                    values[at] = 0.0;
                 }
-                values[at] = 0.0;
             }
             dispatch(
                 #[inline(always)]

@@ -4,69 +4,19 @@
 //! near them (`near`); where the sample's word does not do, two reads select by halves of the score's bits (`order`). Which
 //! way was taken changes no result: the statistics are exact.
 
-use super::near::{self, Bracket, COLUMN_BINS, Near};
-use super::order::{self, Lower, Upper, Window};
-use super::passes::{Found, Known, MOST_RANKS, ModelPasses, Run, STRETCH, Slot, scores_of};
-use super::{Counts, Elementwise, Kept, OrderStatistic, Pass};
 use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::near::{self, Bracket, COLUMN_BINS, Near};
+use super::order::{self, Counter, Lower, Upper, Window};
+use super::passes::{Found, Known, MOST_RANKS, ModelPasses, Run, STRETCH, Slot, scores_of};
+use super::{Counts, Elementwise, Kept, OrderStatistic, Pass};
 use crate::kernel::{Threading, ranked};
 use crate::merge::MergeError;
 
 /// Clusters that one worker samples at a time.
 const SAMPLE_STRETCH: u64 = 32;
-
-/// What a read of scores collects, column by column.
-trait Counter: Send + Sync {
-    fn add(&mut self, scores: order::Scores<'_>);
-    fn merge(&mut self, other: &Self);
-    /// Sums that it needs beside its counts, and what a piece adds to them: of magnitudes.
-    fn sums(&self) -> usize {
-        0
-    }
-    fn add_sums(&self, _values: &[f32], _sums: &mut [f64]) {}
-}
-
-impl Counter for Upper {
-    fn add(&mut self, scores: order::Scores<'_>) {
-        Self::add(self, scores);
-    }
-    fn merge(&mut self, other: &Self) {
-        Self::merge(self, other);
-    }
-}
-
-impl Counter for Lower {
-    fn add(&mut self, scores: order::Scores<'_>) {
-        Self::add(self, scores);
-    }
-    fn merge(&mut self, other: &Self) {
-        Self::merge(self, other);
-    }
-    fn sums(&self) -> usize {
-        1 + self.buckets().len()
-    }
-    fn add_sums(&self, values: &[f32], sums: &mut [f64]) {
-        Self::add_sums(self, values, sums);
-    }
-}
-
-impl Counter for Near {
-    fn add(&mut self, scores: order::Scores<'_>) {
-        Self::add(self, scores);
-    }
-    fn merge(&mut self, other: &Self) {
-        Self::merge(self, other);
-    }
-    fn sums(&self) -> usize {
-        1 + self.brackets().len()
-    }
-    fn add_sums(&self, values: &[f32], sums: &mut [f64]) {
-        Self::add_sums(self, values, sums);
-    }
-}
 
 /// Sums of one column by the pieces that they are of.
 type Sums = Vec<(usize, Vec<f64>)>;
