@@ -16,7 +16,7 @@ use super::solver::{SOLVER_KEYS, solver};
 use super::sweep;
 use super::tokenizer::{chat_template, tokenizer};
 use super::yaml::{Node, Value, join};
-use crate::merge::elementwise::{BaseUse, Definition};
+use crate::merge::elementwise::{BaseUse, Definition, iso_ridge};
 
 /// Everything the top level may hold.
 const TOP_KEYS: &[&str] = &[
@@ -325,7 +325,11 @@ impl Shared<'_> {
     /// Reads a round; `outer` is the round that it starts, `None` at the top level.
     fn round(&self, scope: &Scope<'_>, outer: Option<Unmatched>) -> Result<Round, ConfigError> {
         let (method, line) = method(scope, self.extra)?;
-        let method = if method == Method::Mats && self.is_data_free(scope) { Method::Wudi } else { method };
+        let method = if method == Method::Mats && self.is_data_free(scope) {
+            Method::Elementwise(&iso_ridge::DEFINITION)
+        } else {
+            method
+        };
         let subspace = self.subspace(scope, method)?;
         let parameters = match scope.field("parameters") {
             Some(field) => parameters(&field, method, false)?,

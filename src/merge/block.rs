@@ -217,12 +217,12 @@ fn whole_start(context: &BlockContext<'_>, start: &MethodStart) -> Result<Buffer
 fn whole_tensor(context: &BlockContext<'_>, start: &MethodStart) -> Result<Buffer<f64>, MergeError> {
     let mut merged = Buffer::<f64>::zeroed(context.shape.elements());
     let Some((whole, base)) = start.method.whole().zip(start.base) else { return Ok(merged) };
-    let mut read = |model: usize, out: &mut [f64]| {
+    let mut read = |model: usize, first: usize, out: &mut [f64]| {
         if context.cancel.load(std::sync::atomic::Ordering::Relaxed) {
             return Err(MergeError::Cancelled);
         }
         let terms = vec![(start.models[model], 1.0), (base, -1.0)];
-        fill(context, &Start::Mean { terms, divisor: 1.0 }, 0, out, |v| v)
+        fill(context, &Start::Mean { terms, divisor: 1.0 }, first, out, |v| v)
     };
     whole.merge_whole(context.shape, start.models.len(), &mut read, context.threading, &mut merged).map_err(
         |error| match error {

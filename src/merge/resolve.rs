@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use super::elementwise::{Arguments, BaseUse, Definition, MethodStart};
+use super::elementwise::{Arguments, BaseUse, Definition, MethodStart, iso_ridge};
 use super::{
     GramKind, Inputs, Iteration, MergeError, Recipe, Solve, SolveModel, SolverChoice, SourceId, Start, System,
 };
 use crate::config::{
-    DeltaScale, Initial, MergeConfig, Method, PreconditionerKind, Round, SolverMethod, StopConfig, Subspace,
-    TASK_VECTOR_RIDGE, Unmatched,
+    Initial, MergeConfig, Method, PreconditionerKind, Round, SolverMethod, StopConfig, Subspace, Unmatched,
 };
 use crate::operator::BlockShape;
 use crate::precond::{KroneckerKind, cost};
@@ -311,16 +310,12 @@ impl Resolver<'_> {
                     if models.is_empty() || self.delta_reason().is_some() {
                         return Ok(start(self.average()));
                     }
-                    let mut recipe = start(self.sum_of_task_vectors());
-                    let kind = GramKind::Delta { base: self.base(), scale: DeltaScale::InverseSquaredNorm };
-                    recipe.solves.push(Solve {
-                        system: System::Gram(kind),
+                    return Ok(start(Start::Method(MethodStart {
+                        name: iso_ridge::DEFINITION.name,
+                        base: self.inputs.base,
+                        method: Arc::from(iso_ridge::start(models.len())),
                         models,
-                        solver: SolverChoice::Direct,
-                        ridge: TASK_VECTOR_RIDGE,
-                        floor: 0.0,
-                    });
-                    return Ok(recipe);
+                    })));
                 }
                 Method::Mats if self.inputs.base.is_some() => return Ok(start(self.sum_of_task_vectors())),
                 _ => return Ok(start(self.average())),
@@ -351,15 +346,9 @@ impl Resolver<'_> {
         Ok(start(Start::Copy(source)))
     }
 
-    fn task_vector_models(&self) -> Vec<SolveModel> {
+    fn task_vector_models(&self) -> Vec<SourceId> {
         let base = self.base();
-        self.inputs
-            .models
-            .iter()
-            .enumerate()
-            .filter(|(_, m)| m.source != base)
-            .map(|(model, m)| SolveModel { model, source: m.source, weight: 1.0, off_diagonal: 1.0 })
-            .collect()
+        self.inputs.models.iter().map(|m| m.source).filter(|source| *source != base).collect()
     }
 
     /// The system that the tensor's statistics allow, or why there is none.

@@ -7,7 +7,7 @@ mod oracle;
 mod random;
 mod same;
 mod sampled;
-mod spectral;
+pub mod spectral;
 
 use crate::util::{Random, Scratch, Tensor};
 

@@ -8,7 +8,7 @@
 
 use super::combine::LAMBDA;
 use super::whole::{
-    OnWeights, ReadTask, WholeError, WholeTensor, gram_values, orthonormalise, recompose, svd,
+    OnWeights, ReadTask, WholeError, WholeTensor, map_values, orthonormalise, recompose, sum_of_tasks, svd,
 };
 use super::{Arguments, BaseUse, Definition, Elementwise};
 use crate::config::{ParameterSpec, Range};
@@ -50,9 +50,10 @@ impl WholeTensor for Iso {
 
     fn memory_bytes(&self, shape: BlockShape, _models: usize) -> u64 {
         let (m, n) = (shape.out_features as u64, shape.in_features as u64);
-        let side = m.min(n);
-        let vectors = if self.common.is_some() { 3 * side * (m + n) } else { 0 };
-        8 * (3 * m * n + vectors + gram_values(side))
+        let (side, other) = (m.min(n), m.max(n));
+        // With spaces of their own: a task vector beside the result, both sides' vectors and a copy of one.
+        let vectors = if self.common.is_some() { m * n + 3 * side * (m + n) } else { 0 };
+        8 * (m * n + vectors + map_values(side, other))
     }
 
     fn flops(&self, shape: BlockShape, models: usize) -> f64 {
@@ -72,16 +73,8 @@ impl WholeTensor for Iso {
     ) -> Result<(), WholeError> {
         let (m, n) = (shape.out_features, shape.in_features);
         let side = m.min(n);
-        let mut task = Buffer::<f64>::zeroed(m * n);
-        out.fill(0.0);
-        for i in 0..models {
-            read(i, &mut task)?;
-            for (o, t) in out.iter_mut().zip(&*task) {
-                *o += t;
-            }
-        }
+        sum_of_tasks(read, &vec![1.0; models], out)?;
         let Some(share) = self.common else {
-            drop(task);
             let sum = orthonormalise(out, m, n, threading)?;
             let scale = self.lambda * sum / side.max(1) as f64;
             out.iter_mut().for_each(|v| *v *= scale);
@@ -97,9 +90,10 @@ impl WholeTensor for Iso {
         left[own * m..].copy_from_slice(&leading.left);
         right[own * n..].copy_from_slice(&leading.right);
         let mut sum: f64 = leading.values.iter().sum();
+        let mut task = Buffer::<f64>::zeroed(m * n);
         drop(leading.right);
         for i in 0..if each > 0 { models } else { 0 } {
-            read(i, &mut task)?;
+            read(i, 0, &mut task)?;
             // τ ← τ - Uᵀ(U·τ), U the common left vectors as rows.
             let u = mat(&leading.left, common, m);
             let mut inner = Buffer::<f64>::zeroed(common * n);

@@ -206,7 +206,7 @@ impl WholeTensor for Knots {
         let (m, n) = (shape.out_features, shape.in_features);
         let mut tasks = Buffer::<f64>::zeroed(models * m * n);
         for (t, task) in tasks.chunks_exact_mut((m * n).max(1)).enumerate() {
-            read(t, task)?;
+            read(t, 0, task)?;
         }
         if tasks.iter().all(|v| *v == 0.0) {
             out.fill(0.0);

@@ -22,6 +22,7 @@ mod dare;
 mod della;
 mod emr;
 mod iso;
+pub(crate) mod iso_ridge;
 mod karcher;
 mod knots;
 mod magmax;
@@ -57,7 +58,7 @@ use super::SourceId;
 use crate::config::{ParameterSpec, Round};
 
 /// Every method of this module, as the config names them.
-pub static METHODS: [&Definition; 26] = [
+pub static METHODS: [&Definition; 27] = [
     &slerp::DEFINITION,
     &nuslerp::DEFINITION,
     &multislerp::DEFINITION,
@@ -84,6 +85,7 @@ pub static METHODS: [&Definition; 26] = [
     &knots::DEFINITION,
     &iso::ISO_C,
     &iso::ISO_CTS,
+    &iso_ridge::DEFINITION,
 ];
 
 /// What `base_model` is to a method.

@@ -65,7 +65,7 @@ impl WholeTensor for TsvM {
         {
             let mut task = Buffer::<f64>::zeroed(m * n);
             for i in 0..models {
-                read(i, &mut task)?;
+                read(i, 0, &mut task)?;
                 let triples = svd(&task, m, n, each, threading)?;
                 left[i * each * m..(i + 1) * each * m].copy_from_slice(&triples.left);
                 right[i * each * n..(i + 1) * each * n].copy_from_slice(&triples.right);

@@ -11,11 +11,20 @@ use crate::merge::MergeError;
 use crate::operator::BlockShape;
 use crate::solve::eigen::{Eigen, NoConvergence};
 
+/// Rows or columns that [`map_singular_values`] works on at a time.
+const MAPPED: usize = 512;
+
+/// Values that [`map_singular_values`] and [`sum_of_tasks`] hold beside their argument, for a smaller side and a larger one.
+pub(super) const fn map_values(side: u64, other: u64) -> u64 {
+    let panel = if other < MAPPED as u64 { other } else { MAPPED as u64 };
+    gram_values(side) + if side * panel > READ as u64 { side * panel } else { READ as u64 }
+}
+
 /// Squared singular values below this share of the largest are null.
 pub(super) const NULL: f64 = 1e-12;
 
-/// Reads a model's task vector into `[out, in]` f64.
-pub type ReadTask<'a> = dyn FnMut(usize, &mut [f64]) -> Result<(), MergeError> + 'a;
+/// Reads a stretch of a model's task vector as f64, from this element on.
+pub type ReadTask<'a> = dyn FnMut(usize, usize, &mut [f64]) -> Result<(), MergeError> + 'a;
 
 /// Why a weight could not be merged as a matrix.
 #[derive(Debug)]
@@ -92,7 +101,7 @@ pub trait WholeTensor: Sync {
     ) -> Result<(), WholeError>;
 }
 
-/// Values that [`svd`] and [`orthonormalise`] hold beside their arguments, for a smaller side `s`: the Gram, its
+/// Values that [`svd`] and [`map_singular_values`] decompose with, for a smaller side `s`: the Gram, its
 /// eigenvectors and faer's scratch.
 pub(super) const fn gram_values(side: u64) -> u64 {
     (2 + Eigen::<f64>::SQUARES as u64) * side * side
@@ -107,6 +116,35 @@ fn small_gram(x: &[f64], rows: usize, columns: usize, threading: Threading) -> B
     gemm(mat_mut(&mut gram, side, side), false, left, right, 1.0, threading);
     // Products of mirrored entries may differ in their last bit; the lower triangle is what is decomposed.
     gram
+}
+
+/// Elements that [`sum_of_tasks`] reads of a model at a time.
+const READ: usize = 1 << 18;
+
+/// `out ← Σ wₜτₜ`; gives the squared norm of every wₜτₜ. A model of weight 0 is not read.
+pub(super) fn sum_of_tasks(
+    read: &mut ReadTask<'_>,
+    weights: &[f64],
+    out: &mut [f64],
+) -> Result<Vec<f64>, MergeError> {
+    let mut squares = vec![0.0; weights.len()];
+    let mut task = Buffer::<f64>::zeroed(READ.min(out.len()));
+    for (k, out) in out.chunks_mut(READ).enumerate() {
+        out.fill(0.0);
+        let task = &mut task[..out.len()];
+        for (t, (weight, squares)) in weights.iter().zip(&mut squares).enumerate() {
+            if *weight == 0.0 {
+                continue;
+            }
+            read(t, k * READ, task)?;
+            for (out, v) in out.iter_mut().zip(&*task) {
+                let v = weight * v;
+                *out += v;
+                *squares += v * v;
+            }
+        }
+    }
+    Ok(squares)
 }
 
 /// Leading singular triples, as rows.
@@ -167,34 +205,63 @@ pub(super) fn orthonormalise(
     columns: usize,
     threading: Threading,
 ) -> Result<f64, NoConvergence> {
+    let mut sum = 0.0;
+    map_singular_values(x, rows, columns, threading, |values| {
+        let floor = NULL.sqrt() * values.last().copied().unwrap_or(0.0);
+        for value in values {
+            let positive = *value > floor;
+            sum += if positive { *value } else { 0.0 };
+            *value = if positive { 1.0 / *value } else { 0.0 };
+        }
+    })?;
+    Ok(sum)
+}
+
+/// `X ← U·diag(f(σ)·σ)·Vᵀ`, in place. `factors` is given the singular values, ascending, and leaves `f(σ) ≥ 0` in their place.
+pub(super) fn map_singular_values(
+    x: &mut [f64],
+    rows: usize,
+    columns: usize,
+    threading: Threading,
+    factors: impl FnOnce(&mut [f64]),
+) -> Result<(), NoConvergence> {
     let side = rows.min(columns);
     if side == 0 {
-        return Ok(0.0);
+        return Ok(());
     }
     let mut gram = small_gram(x, rows, columns, threading);
-    let eigen = Eigen::of(mat(&gram, side, side))?;
-    let floor = NULL * eigen.values.last().copied().unwrap_or(0.0);
-    let mut sum = 0.0;
-    // Rows of Qᵀ times λ^(-1/4): their Gram is the inverse square root.
-    let mut vectors = eigen.vectors;
-    for (row, value) in vectors.chunks_exact_mut(side.max(1)).zip(&eigen.values) {
-        let positive = *value > floor;
-        sum += if positive { value.sqrt() } else { 0.0 };
-        let scale = if positive { value.powf(-0.25) } else { 0.0 };
+    let Eigen { values: mut squares, mut vectors } = Eigen::of(mat(&gram, side, side))?;
+    squares.iter_mut().for_each(|v| *v = v.max(0.0).sqrt());
+    factors(&mut squares);
+    // Rows of Qᵀ times √f: their Gram is Q·f·Qᵀ.
+    for (row, factor) in vectors.chunks_exact_mut(side).zip(&squares) {
+        let scale = factor.sqrt();
         row.iter_mut().for_each(|v| *v *= scale);
     }
     let q = mat(&vectors, side, side);
     gemm(mat_mut(&mut gram, side, side), false, q.transpose(), q, 1.0, threading);
-    let mut product = Buffer::<f64>::zeroed(rows * columns);
-    let root = mat(&gram, side, side);
-    let target = mat_mut(&mut product, rows, columns);
+    drop(vectors);
+    // In place, panel by panel of the longer side.
+    let map = mat(&gram, side, side);
+    let mut product = Buffer::<f64>::zeroed(side * MAPPED.min(rows.max(columns)));
     if rows <= columns {
-        gemm(target, false, root, mat(x, rows, columns), 1.0, threading);
+        for first in (0..columns).step_by(MAPPED) {
+            let width = MAPPED.min(columns - first);
+            let panel = mat(x, rows, columns).get(.., first..first + width);
+            gemm(mat_mut(&mut product, rows, width), false, map, panel, 1.0, threading);
+            for (row, new) in x.chunks_exact_mut(columns).zip(product.chunks_exact(width)) {
+                row[first..first + width].copy_from_slice(new);
+            }
+        }
     } else {
-        gemm(target, false, mat(x, rows, columns), root, 1.0, threading);
+        for panel in x.chunks_mut(MAPPED * columns) {
+            let product = &mut product[..panel.len()];
+            let height = panel.len() / columns;
+            gemm(mat_mut(product, height, columns), false, mat(panel, height, columns), map, 1.0, threading);
+            panel.copy_from_slice(product);
+        }
     }
-    x.copy_from_slice(&product);
-    Ok(sum)
+    Ok(())
 }
 
 /// `out ← Lᵀ·diag(values)·R` with `[count, rows]` and `[count, columns]`; `left` is overwritten.

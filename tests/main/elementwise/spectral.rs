@@ -98,6 +98,21 @@ fn iso_c(tasks: &[Matrix]) -> Matrix {
     polar(&sum).scaled(values.iter().sum::<f64>() / values.len() as f64)
 }
 
+/// `iso_ridge` from its definition: singular values of the sum flattened, and a norm.
+pub fn iso_ridge(tasks: &[Matrix], ridge: f64) -> Matrix {
+    let count = tasks.len() as f64;
+    let (sum, norm) = (sum(tasks), tasks.iter().map(Matrix::norm).sum::<f64>() / count);
+    let Svd { left, values, right } = svd(&sum);
+    let (l1, squares) = (values.iter().sum::<f64>(), values.iter().map(|v| v * v).sum::<f64>());
+    let mean = squares / l1;
+    let flat: Vec<f64> = values.iter().map(|v| v / (v * v + (ridge * mean).powi(2)).sqrt()).collect();
+    let directions = (count * norm / squares.sqrt()).powi(2).min(count);
+    let share = l1 * l1 / (values.len() as f64 * squares);
+    let target = (norm * (share * directions).max(1.0).sqrt()).min(squares.sqrt());
+    let length = flat.iter().map(|v| v * v).sum::<f64>().sqrt();
+    left.transpose().times(&diagonal(&flat)).times(&right).scaled(target / length)
+}
+
 fn iso_cts(tasks: &[Matrix], share: f64) -> Matrix {
     let (m, n) = (tasks[0].rows, tasks[0].columns);
     let side = m.min(n);
@@ -195,8 +210,8 @@ fn check_with(
         for (place, (name, shape)) in SHAPES.iter().enumerate() {
             let origin = base[place].values();
             let d = deltas(&origin, &models.iter().map(|m| m[place].values()).collect::<Vec<_>>());
-            // `knots` is for linear layers.
-            let embedding = method == "knots" && name.contains("embed");
+            // These two are for linear layers.
+            let embedding = ["knots", "iso_ridge"].contains(&method) && name.contains("embed");
             let merged_task = match shape {
                 [m, n] if !embedding => {
                     let tasks: Vec<Matrix> = d.iter().map(|d| Matrix::new(*m, *n, d.clone())).collect();
@@ -215,6 +230,70 @@ fn check_with(
 #[test]
 fn iso_c_makes_singular_values_equal() {
     check("iso_c", "lambda: 1.5", 1.5, &iso_c);
+}
+
+#[test]
+fn iso_ridge_flattens_singular_values_and_keeps_a_norm() {
+    check("iso_ridge", "", 1.0, &|tasks| iso_ridge(tasks, 0.5));
+    check("iso_ridge", "lambda: 0.7, ridge: 2", 0.7, &|tasks| iso_ridge(tasks, 2.0));
+    // Weights scale task vectors against each other; one of 0 drops the model, biases' mean is plain.
+    let weighted = |tasks: &[Matrix]| iso_ridge(&[tasks[0].scaled(0.5), tasks[2].scaled(1.5)], 0.5);
+    check_with("iso_ridge", "", &["weight: 2", "weight: 0", "weight: 6"], 1.0, &weighted);
+    let (scratch, ..) = world("F32");
+    let head = "merge_method: iso_ridge\nbase_model: base";
+    scratch.refuse_unread(&World::config(head, &["weight: 0", "weight: 0"]), &["every `weight` is 0"]);
+    scratch.refuse_unread(&World::config(head, &["weight: -1", ""]), &["weight", "at least 0"]);
+}
+
+#[test]
+fn iso_ridge_of_one_task_is_that_task() {
+    let (scratch, _, models) = world("F32");
+    let merged =
+        scratch.merge(&World::config("merge_method: iso_ridge\nbase_model: base", &[""]), "out", &[]);
+    for (place, (name, _)) in SHAPES.iter().enumerate() {
+        // base + (model - base) in f64, vectors in f32; one rounding.
+        assert_near(&merged.values(name), &models[0][place].values(), 3e-7, name);
+    }
+}
+
+#[test]
+fn iso_ridge_leaves_noise_small_and_what_cancels_gone() {
+    // Two task vectors of rank 1 and norm 1 on a base of which only rounding differs elsewhere; then opposite ones.
+    let mut random = Random::new(34);
+    let (m, n) = (24, 16);
+    let base = Tensor::random("a.weight", "F32", &[m, n], &mut random);
+    let rank_one = |random: &mut Random| {
+        let (u, v) = (Matrix::random(m, 1, random), Matrix::random(1, n, random));
+        let product = u.times(&v);
+        product.scaled(1.0 / product.norm())
+    };
+    let tasks = [rank_one(&mut random), rank_one(&mut random)];
+    let scratch = Scratch::new();
+    scratch.model("base", std::slice::from_ref(&base));
+    let model = |name: &str, task: &Matrix, scale: f64| {
+        let values: Vec<f64> = base.values().iter().zip(&task.data).map(|(b, t)| b + scale * t).collect();
+        scratch.model(name, &[Tensor::new("a.weight", "F32", &[m, n], &values)]);
+    };
+    model("m0", &tasks[0], 1.0);
+    model("m1", &tasks[1], 1.0);
+    model("m2", &tasks[0], -1.0);
+    let merged_task = |models: &str, out: &str| {
+        let config = format!("merge_method: iso_ridge\nbase_model: base\nmodels: [{models}]");
+        let merged = scratch.merge(&config, out, &[]);
+        let change = merged.values("a.weight").iter().zip(base.values()).map(|(x, b)| x - b).collect();
+        Matrix::new(m, n, change)
+    };
+    let values = svd(&merged_task("{ model: m0 }, { model: m1 }", "two")).values;
+    // Rounding of 384 values below 1 to f32: a norm below 384^(1/2) · 6e-8 = 1.2e-6 a task vector and for the result, scaled
+    // up by at most 1 / (0.5·σ̄) of about 2.
+    assert!(values[1] > 0.3 && values[2] < 1e-5, "{values:?}");
+    assert!((svd_norm(&values) - 1.0).abs() < 1e-5, "the norm of one task vector: {values:?}");
+    let gone = merged_task("{ model: m0 }, { model: m2 }", "opposite");
+    assert!(gone.norm() < 1e-5, "{}", gone.norm());
+}
+
+fn svd_norm(values: &[f64]) -> f64 {
+    values.iter().map(|v| v * v).sum::<f64>().sqrt()
 }
 
 #[test]
@@ -290,7 +369,7 @@ fn threads_and_memory_do_not_matter() {
     for name in ["base", "m0", "m1"] {
         scratch.model(name, &[Tensor::random("w.weight", "BF16", &[620, 310], &mut random)]);
     }
-    for method in ["iso_c", "iso_cts", "tsv_m", "knots"] {
+    for method in ["iso_c", "iso_cts", "iso_ridge", "tsv_m", "knots"] {
         let more = if method == "knots" { "\nparameters: { density: 0.3 }" } else { "" };
         let config = World::config(&format!("merge_method: {method}\nbase_model: base{more}"), &["", ""]);
         let one = scratch.merge(&config, &format!("{method}-1"), &["--threads", "1"]);

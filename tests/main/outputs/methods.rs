@@ -160,11 +160,11 @@ fn regmean_weighs_models() {
 }
 
 #[test]
-fn mats_without_statistics_is_wudi_where_there_is_a_base() {
+fn mats_without_statistics_is_iso_ridge_where_there_is_a_base() {
     let world = World::new(3, 9);
     let models = "models: [{ model: m0 }, { model: m1 }, { model: m2 }]\n";
     let merge = |head: &str, out: &str| world.scratch.merge(&format!("{head}\n{models}"), out, &[]);
-    let expected = merge("merge_method: wudi\nbase_model: base", "expected");
+    let expected = merge("merge_method: iso_ridge\nbase_model: base", "expected");
     let free = merge("merge_method: mats\nbase_model: base", "free");
     for name in WEIGHTS.iter().map(|(name, _, _)| *name).chain([EMBEDDING, NORM]) {
         assert_eq!(free.values(name), expected.values(name), "{name}");

@@ -2,6 +2,7 @@
 
 use super::{DIRECT, HALF_ULP, Term, WEIGHTS, World, conjugate_gradients, gram_solution, kfac_system};
 use crate::algebra::{Matrix, assert_near};
+use crate::elementwise::spectral::iso_ridge;
 
 /// θ₀ + 0.3·Σ τᵢ.
 fn task_arithmetic(world: &World, weight: usize) -> Matrix {
@@ -10,7 +11,15 @@ fn task_arithmetic(world: &World, weight: usize) -> Matrix {
         .fold(base.clone(), |sum, k| sum.plus(0.3, &world.weight(k, weight).plus(-1.0, &base)))
 }
 
-/// The solution of `wudi`, from which `mats` starts where there is a base.
+/// The flattened task vectors from which `mats` starts where there is a base.
+fn auto(world: &World, weight: usize) -> Matrix {
+    let base = world.base_weight(weight);
+    let tasks: Vec<Matrix> =
+        (0..world.models.len()).map(|k| world.weight(k, weight).plus(-1.0, &base)).collect();
+    base.plus(1.0, &iso_ridge(&tasks, 0.5))
+}
+
+/// The solution of `wudi`.
 fn wudi(world: &World, weight: usize) -> Matrix {
     let base = world.base_weight(weight);
     let mut start = base.clone();
@@ -83,6 +92,7 @@ fn initial_guesses_by_name() {
         ("base_start", "base"),
         ("checkpoint", "elsewhere"),
         ("auto", "auto"),
+        ("iso_ridge", "{ merge_method: iso_ridge }"),
         ("wudi", "{ merge_method: wudi }"),
     ] {
         let merged = world.merge(&format!("{TWO_STEPS}initial: {initial}"), out);
@@ -92,6 +102,7 @@ fn initial_guesses_by_name() {
                 "average" => world.mean_weight(w),
                 "base_start" => world.base_weight(w),
                 "checkpoint" => world.weight(2, w),
+                "auto" | "iso_ridge" => auto(&world, w),
                 _ => wudi(&world, w),
             };
             assert_near(&merged.values(name), &two_steps(&world, w, &start), CG, &format!("{out} {name}"));
