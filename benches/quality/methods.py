@@ -16,8 +16,9 @@ Config = dict[str, Any]
 ITERATIONS = [10, 30, 60, 100]
 DATA_FREE_ITERATIONS = [3, 10, 30, 100]
 DATA_FREE_RIDGES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
-DENSITIES = [0.1, 0.2, 0.5]  # of the weights that TIES and PCB keep; their papers: 0.2
+DENSITIES = [0.05, 0.1, 0.2]  # of the weights that TIES and PCB keep; their papers: 0.2
 WUDI: Config = {"merge_method": "wudi"}  # its own ridge: 0.3
+ISO_RIDGE: Config = {"merge_method": "iso_ridge"}  # where `mats` starts
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,14 @@ def methods(ta_weight: float, tuning: str) -> Sequence[Method]:
         Method("average", (Run({"merge_method": "linear"}),)),
         Method("TIES", tuple(
             Run({"merge_method": "ties", "parameters": {"weight": 1.0, "density": density, "scope": "model"}},
-                {"parameters.lambda": [0.5, 0.75, 1.0, 1.5]}, f"density={density}") for density in DENSITIES),
+                {"parameters.lambda": [0.5, 1.0, 1.5, 2.0]}, f"density={density}") for density in DENSITIES),
                note="densities over the whole model"),
         Method("PCB", tuple(
             Run({"merge_method": "pcb", "parameters": {"density": density, "scope": "model"}},
-                {"parameters.weight": [0.2, 0.4, 0.6, 1.0]}, f"density={density}") for density in DENSITIES),
+                {"parameters.weight": [0.4, 0.7, 1.0, 1.4]}, f"density={density}") for density in DENSITIES),
                note="densities over the whole model"),
         Method("Iso-C", (Run({"merge_method": "iso_c"}, {"parameters.lambda": [1.0, 1.5, 2.0, 2.5, 3.0]}),)),
+        Method("iso_ridge", (Run({"merge_method": "iso_ridge"}, {"parameters.lambda": [0.7, 0.85, 1.0, 1.2, 1.5]}),)),
         Method("TSV-M", (Run({"merge_method": "tsv_m"}, {"parameters.lambda": [0.8, 1.0, 1.2, 1.5, 2.0]}),)),
         *([knots] if tuning == "lora" else []),
         Method("Fisher", (Run({"merge_method": "fisher"}),), ("fisher",)),
@@ -135,29 +137,27 @@ def methods(ta_weight: float, tuning: str) -> Sequence[Method]:
         Method("MaTS two rounds: task arithmetic, gram, kfac", (
             _kfac(cg, {"merge_method": "mats", "subspace": "gram", "initial": ta, "solver": {**cg, "max_iterations": 30}},
                   {"solver.max_iterations": [10, 30, 100]}),), grams, "cg, 30 steps of gram", "iterations"),
-        Method("kfac, ridge, from average", (_kfac(pcg, "average", {"solver.ridge": [1e-3, 1e-2, 3e-2, 1e-1, 1.0]}),), grams, axis="ridge"),
-        Method("kfac, ridge, from task arithmetic", (_kfac(pcg, ta, {"solver.ridge": [1e-3, 1e-2, 1e-1, 1.0]}),), grams, axis="ridge"),
+        Method("kfac, ridge, from average", (_kfac(pcg, "average", {"solver.ridge": [1e-3, 1e-2, 1e-1]}),), grams, axis="ridge"),
+        Method("kfac, ridge, from task arithmetic", (_kfac(pcg, ta, {"solver.ridge": [1e-3, 1e-2, 1e-1]}),), grams, axis="ridge"),
         Method("wudi, cg", (Run({"merge_method": "wudi", "solver": {"method": "cg", "ridge": 0.0}},
                                 {"solver.max_iterations": list(DATA_FREE_ITERATIONS)}),), axis="iterations"),
         Method("actmat, cg", (Run({"merge_method": "actmat", "solver": {"method": "cg", "ridge": 0.0}},
                                   {"solver.max_iterations": list(DATA_FREE_ITERATIONS)}),), axis="iterations"),
         Method("wudi, ridge", (Run(WUDI, {"solver.ridge": DATA_FREE_RIDGES}),), axis="ridge"),
         Method("actmat, ridge", (Run({"merge_method": "actmat"}, {"solver.ridge": DATA_FREE_RIDGES}),), axis="ridge"),
-        Method("gram, ridge, from wudi", (
-            Run({"merge_method": "mats", "subspace": "gram", "initial": WUDI, "solver": {"method": "direct"}},
-                {"solver.ridge": [0.1, 1.0, 10.0]}),), grams, axis="ridge"),
-        Method("kfac, ridge, from wudi 0.3", (_kfac(pcg, WUDI, {"solver.ridge": [0.1, 0.3, 1.0, 3.0, 10.0]}),), grams,
-               axis="ridge"),
-        Method("kfac, ridge, from wudi of another ridge", tuple(
-            _kfac(pcg, {**WUDI, "solver": {"ridge": start}}, {"solver.ridge": [0.3, 1.0]}, f"start={start}")
-            for start in (0.03, 0.1, 1.0)), grams),
-        Method("kfac by trace, ridge, from wudi 0.3", (
-            _kfac(pcg, WUDI, {"solver.ridge": [0.1, 0.3, 1.0]}, normalised=True),), grams,
+        Method("gram, ridge, from iso_ridge", (
+            Run({"merge_method": "mats", "subspace": "gram", "initial": ISO_RIDGE, "solver": {"method": "direct"}},
+                {"solver.ridge": [0.03, 0.3, 3.0]}),), grams, axis="ridge"),
+        Method("kfac, ridge, from wudi", (_kfac(pcg, WUDI, {"solver.ridge": [0.1, 0.3, 1.0, 3.0]}),), grams, axis="ridge"),
+        Method("kfac, ridge, from iso_ridge", (_kfac(pcg, ISO_RIDGE, {"solver.ridge": [0.01, 0.03, 0.1, 0.3, 1.0]}),),
+               grams, axis="ridge"),
+        Method("kfac by trace, ridge, from iso_ridge", (
+            _kfac(pcg, ISO_RIDGE, {"solver.ridge": [0.03, 0.1, 0.3]}, normalised=True),), grams,
                "each model's factors scaled to the mean trace", "ridge"),
         Method("kfac, ridge, from Iso-C 1.5", (
-            _kfac(pcg, {"merge_method": "iso_c", "parameters": {"lambda": 1.5}}, {"solver.ridge": [0.1, 0.3, 1.0]}),), grams,
+            _kfac(pcg, {"merge_method": "iso_c", "parameters": {"lambda": 1.5}}, {"solver.ridge": [0.03, 0.1, 0.3]}),), grams,
                axis="ridge"),
-        Method("kfac, ridge, from TSV-M", (_kfac(pcg, {"merge_method": "tsv_m"}, {"solver.ridge": [0.03, 0.1, 0.3, 1.0]}),), grams,
+        Method("kfac, ridge, from TSV-M", (_kfac(pcg, {"merge_method": "tsv_m"}, {"solver.ridge": [0.03, 0.1, 0.3]}),), grams,
                axis="ridge"),
         Method("default, no statistics", (Run({"merge_method": "mats"}),), default=True),
         Method("default, Grams", (Run({"merge_method": "mats"}),), grams, default=True),

@@ -381,12 +381,18 @@ impl Shared<'_> {
         Ok(round)
     }
 
-    /// Whether nothing but task vectors can say how to merge: no statistics at all, a base, and nothing else asked for. For
-    /// `mats` the system made of them, as in `wudi`, then stands for the Grams: 10 points of normalised accuracy above the
-    /// plain average that unmatched parameters get (`benches/quality`).
+    /// Whether nothing but task vectors can say how to merge: no statistics at all, a base, and nothing else asked for. Then
+    /// `mats` is what it otherwise starts from, `iso_ridge`: 3 (LoRA) to 10 points of normalised accuracy above the plain
+    /// average that unmatched parameters get (`benches/quality`).
     fn is_data_free(&self, scope: &Scope<'_>) -> bool {
         let asked = ["subspace", "initial", "solver", "unmatched", "sweep"];
+        // Of Grams.
+        let own = scope.field("parameters");
+        let scales = self.written.iter().flatten().chain(&own).any(|field| {
+            field.scope("a mapping of parameters").is_ok_and(|scope| scope.field("off_diagonal").is_some())
+        });
         self.base.is_some()
+            && !scales
             && self.models.iter().all(|model| model.statistics.is_empty())
             && asked.iter().all(|key| scope.field(key).is_none())
     }

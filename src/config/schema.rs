@@ -195,7 +195,7 @@ impl Round {
     }
 
     /// The ridge ρ in force once the engine knows which solver it uses: the one given, else 0.3 for `wudi`
-    /// and `actmat`, 1.0 for `pcg`, 0 for the rest.
+    /// and `actmat`, 0.03 for `pcg`, 0 for the rest.
     pub fn ridge(&self, solver: SolverMethod) -> f64 {
         self.solver.ridge_or(match (self.method, solver) {
             (Method::Wudi | Method::Actmat, _) => TASK_VECTOR_RIDGE,
@@ -221,7 +221,7 @@ impl Round {
 /// Default ridge of `wudi` and `actmat`.
 pub const TASK_VECTOR_RIDGE: f64 = 0.3;
 /// Default ridge of `pcg`.
-pub const PCG_RIDGE: f64 = 1.0;
+pub const PCG_RIDGE: f64 = 0.03;
 
 /// An enum whose variants are words of the config.
 pub(super) trait Words: Sized + Copy + 'static {
@@ -430,9 +430,9 @@ impl DeltaScale {
 /// `initial`: where a solve starts, and what it keeps in the null space.
 #[derive(Debug, Clone)]
 pub enum Initial {
-    /// Not given. `mats`: the `wudi` solution for 2-D weights where there is a base, else the average; `wudi`
-    /// and `actmat`: base + Σ τᵢ; `regmean` and `fisher`: the average. Resolved by the engine, parameter by
-    /// parameter.
+    /// Not given. `mats`: `iso_ridge` for 2-D weights with a Gram or K-FAC system where there is a base, else the
+    /// average; `wudi`, `actmat` and `delta_gram`: base + Σ τᵢ; `regmean` and `fisher`: the average. Resolved by the
+    /// engine, parameter by parameter.
     Auto,
     Zero,
     /// Plain mean of the models; weights do not enter.

@@ -43,6 +43,17 @@ pub enum Start {
 }
 
 impl Start {
+    /// As plan and report call it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Zero => "zero",
+            Self::Copy(_) => "checkpoint",
+            Self::Mean { .. } => "mean",
+            Self::TaskVectors { .. } => "task vectors",
+            Self::Method(start) => start.name,
+        }
+    }
+
     /// Checkpoints it reads, each once.
     pub fn sources(&self) -> Vec<SourceId> {
         let mut sources: Vec<SourceId> = match self {

@@ -288,7 +288,7 @@ impl Resolver<'_> {
             }
             Ok(system) => {
                 let outer = self.unmatched.take();
-                let mut recipe = self.initial(round)?;
+                let mut recipe = self.initial(round, system)?;
                 // An inner round that averages this tensor is a start like any other.
                 self.unmatched = outer;
                 let solve = self.solve(round, system, models)?;
@@ -298,7 +298,7 @@ impl Resolver<'_> {
         }
     }
 
-    fn initial(&mut self, round: &Round) -> Result<Recipe, MergeError> {
+    fn initial(&mut self, round: &Round, system: System) -> Result<Recipe, MergeError> {
         let nested;
         let inner = match &round.initial {
             Initial::Auto => match round.method {
@@ -307,7 +307,9 @@ impl Resolver<'_> {
                     if self.inputs.base.is_some() && !matches!(round.subspace, Subspace::DeltaGram(_)) =>
                 {
                     let models = self.task_vector_models();
-                    if models.is_empty() || self.delta_reason().is_some() {
+                    // A diagonal system keeps nothing of its start but where it has no information.
+                    let diagonal = matches!(system, System::Identity | System::FisherDiagonal);
+                    if diagonal || models.is_empty() || self.delta_reason().is_some() {
                         return Ok(start(self.average()));
                     }
                     return Ok(start(Start::Method(MethodStart {

@@ -99,14 +99,27 @@ pub fn fit(
     variant: bool,
 ) -> Result<BlockMemory, u64> {
     let start = start_bytes(recipe, shape, workers);
+    // The start's result, from which solves go on.
+    let kept = if matches!(recipe.start, Start::Method(_)) { shape.elements() as u64 * 4 } else { 0 };
     if recipe.solves.iter().all(is_elementwise) {
-        let memory = BlockMemory { strategy: Strategy::Elements, bytes: start };
-        return if start <= available { Ok(memory) } else { Err(start) };
+        let bytes = start + if recipe.solves.is_empty() { 0 } else { kept };
+        let memory = BlockMemory { strategy: Strategy::Elements, bytes };
+        return if bytes <= available { Ok(memory) } else { Err(bytes) };
     }
     let mut least = u64::MAX;
     for frugality in 0.. {
         let Some(candidate) = candidate(recipe, shape, frugality) else { break };
-        let mut bytes = start + bytes(inputs, tensor, recipe, shape, &candidate.stages);
+        let solving = bytes(inputs, tensor, recipe, shape, &candidate.stages, kept);
+        // The start has let go of all but its result by then, but may find what an earlier tensor shares. Variants of a sweep
+        // take turns at the two.
+        let shared: u64 = recipe
+            .solves
+            .iter()
+            .zip(&candidate.stages)
+            .map(|(solve, stage)| shared_bytes(inputs, tensor, solve, shape, *stage))
+            .sum();
+        let starting = if start == 0 { 0 } else { start + kept + shared };
+        let mut bytes = if variant { start + kept + solving } else { starting.max(solving) };
         if variant {
             bytes += match candidate.stages.last() {
                 // The rows' starting point, and while the next ridge is factored, their right-hand side and result.
@@ -126,14 +139,12 @@ pub fn fit(
     Err(least)
 }
 
-/// What a start holds whose method runs passes, and its result where solves go on from it.
+/// What a start holds whose method runs passes, beside its result where solves go on from it.
 fn start_bytes(recipe: &Recipe, shape: BlockShape, workers: usize) -> u64 {
     let Start::Method(start) = &recipe.start else { return 0 };
-    let elements = shape.elements();
-    let whole = if recipe.solves.is_empty() { 0 } else { elements as u64 * 4 };
     match start.method.whole() {
-        Some(method) => whole + method.memory_bytes(shape, start.models.len()),
-        None => whole + elementwise::memory_bytes(start, elements, workers, !start.method.whole_model()),
+        Some(method) => method.memory_bytes(shape, start.models.len()),
+        None => elementwise::memory_bytes(start, shape.elements(), workers, !start.method.whole_model()),
     }
 }
 
@@ -170,11 +181,17 @@ fn candidate(recipe: &Recipe, shape: BlockShape, frugality: usize) -> Option<Can
     Some(Candidate { stages })
 }
 
-/// Peak over the runs of stages, as `merge::block` groups them.
-fn bytes(inputs: &Inputs, tensor: &str, recipe: &Recipe, shape: BlockShape, stages: &[Stage]) -> u64 {
+/// Peak over the runs of stages, as `merge::block` groups them, the first of which starts from so many bytes.
+fn bytes(
+    inputs: &Inputs,
+    tensor: &str,
+    recipe: &Recipe,
+    shape: BlockShape,
+    stages: &[Stage],
+    mut source: u64,
+) -> u64 {
     let whole = shape.elements() as u64 * 4;
     let mut peak = 0;
-    let mut source = 0;
     let mut k = 0;
     while k < stages.len() {
         let rows = |stage: &Stage| matches!(stage, Stage::Direct(_) | Stage::Diagonal);
@@ -192,6 +209,19 @@ fn bytes(inputs: &Inputs, tensor: &str, recipe: &Recipe, shape: BlockShape, stag
         k = end;
     }
     peak
+}
+
+/// Of a stage's bytes at most those that stay for other tensors of the unit.
+fn shared_bytes(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, stage: Stage) -> u64 {
+    match (stage, solve.solver) {
+        (Stage::Iterative(memory) | Stage::Refined(memory), SolverChoice::Iterative(iteration)) => {
+            let (n, models) = (shape.in_features as u64, solve.models.len() as u64);
+            let factors = if memory.hold_a { models * n * n * 4 } else { 0 };
+            factors + Preconditioning::of(inputs, tensor, solve, shape, &iteration).sides
+        }
+        (Stage::Direct(_), _) => stage_bytes(inputs, tensor, solve, shape, stage),
+        _ => 0,
+    }
 }
 
 fn stage_bytes(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, stage: Stage) -> u64 {

@@ -613,7 +613,9 @@ impl Planner<'_> {
         plan.passes = recipe.passes(meta.elements() as usize);
         plan.read_bytes = self.read_bytes(meta, &recipe);
         plan.flops = flops(inputs, &meta.name, plan.block, &recipe);
-        plan.large = plan.large || plan.flops > LARGE_FLOPS;
+        // Eigendecompositions, of which these are mostly made, run on one thread each: side by side they use all.
+        let decomposes = recipe.whole_tensor().is_some() && recipe.solves.is_empty();
+        plan.large = !decomposes && (plan.large || plan.flops > LARGE_FLOPS);
         let workers = if plan.large || !recipe.solves.is_empty() { self.threads } else { 1 };
         plan.masks = self.masks(meta, &recipe)?;
         let kept = plan.masks.map_or(0, |masks| masks.memory_bytes(meta.elements(), workers));

@@ -5,25 +5,23 @@ use std::io::{self, Write};
 use serde_json::{Value, json};
 
 use super::{Action, BlockPlan, MergePlan};
+use crate::merge::Start;
 use crate::merge::block::{Stage, Strategy};
 use crate::report::units::{Bytes, Escaped, Flops};
 
 impl BlockPlan {
-    /// Method, subspace and solver in a few words: `mats kfac cg`.
+    /// Method, start, subspace and solver in a few words: `mats: iso_ridge -> kfac pcg`.
     pub fn summary(&self) -> String {
         match &self.action {
             Action::Copy { reason, .. } => format!("copy ({reason})"),
             Action::Merge { recipe, .. } => {
-                let solves: Vec<String> = recipe
-                    .solves
-                    .iter()
-                    .map(|s| format!("{} {}", s.system.name(), s.solver.name()))
-                    .collect();
-                if solves.is_empty() {
-                    recipe.method.to_owned()
-                } else {
-                    format!("{}: {}", recipe.method, solves.join(" -> "))
+                if recipe.solves.is_empty() {
+                    return recipe.method.to_owned();
                 }
+                let start = matches!(recipe.start, Start::Method(_)).then(|| recipe.start.name().to_owned());
+                let solves = recipe.solves.iter().map(|s| format!("{} {}", s.system.name(), s.solver.name()));
+                let steps: Vec<String> = start.into_iter().chain(solves).collect();
+                format!("{}: {}", recipe.method, steps.join(" -> "))
             }
         }
     }

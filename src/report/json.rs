@@ -143,6 +143,9 @@ pub struct UnmergedRecord {
 pub struct ParameterReport {
     /// What made it: the config's `merge_method`, or `average`, `base`, `copy`.
     pub method: String,
+    /// What its first system starts from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<String>,
     /// The solver of its last system: `cg`, `pcg`, `direct`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub solver: Option<String>,

@@ -180,6 +180,7 @@ pub(super) fn parameter(planned: &BlockPlan, block: &BlockReport) -> ParameterRe
         return parameter;
     };
     parameter.method = recipe.method.to_owned();
+    parameter.start = (!recipe.solves.is_empty()).then(|| recipe.start.name().to_owned());
     parameter.rounds =
         recipe.solves.iter().zip(&block.outcomes).map(|(solve, outcome)| round(solve, outcome)).collect();
     // The last round is the parameter's own.

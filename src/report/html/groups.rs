@@ -8,14 +8,15 @@ use maud::{Markup, html};
 use super::{Block, MAX_LISTED, show};
 use crate::report::json::ParameterReport;
 
-/// `mats: delta_gram direct → kfac pcg (kronecker)`: the method, then its rounds.
+/// `mats: iso_ridge → kfac pcg (kronecker)`: the method, its start, its rounds.
 pub(super) fn way(record: &ParameterReport) -> String {
     let mut way = record.method.clone();
     let system = |subspace: &Option<String>, solver: &str| match subspace {
         Some(subspace) => format!("{subspace} {solver}"),
         None => solver.to_owned(),
     };
-    let mut steps: Vec<String> = record.rounds.iter().map(|r| system(&r.subspace, &r.method)).collect();
+    let rounds = record.rounds.iter().map(|r| system(&r.subspace, &r.method));
+    let mut steps: Vec<String> = record.start.iter().cloned().chain(rounds).collect();
     if let Some(solver) = &record.solver {
         let mut step = system(&record.subspace, solver);
         if let Some(preconditioner) = &record.preconditioner {

@@ -19,6 +19,7 @@ fn solved(steps: usize) -> ParameterReport {
         .collect();
     ParameterReport {
         method: "mats".into(),
+        start: Some("task vectors".into()),
         solver: Some("pcg".into()),
         subspace: Some("kfac".into()),
         iterations: Some(steps as u64),
@@ -135,7 +136,7 @@ fn every_section_is_there() {
         "500.00 GFLOP/s",
         "1 of 1",
         "−50.0 %",
-        "mats: delta_<wbr>gram direct → kfac pcg (kronecker)",
+        "mats: task vectors → delta_<wbr>gram direct → kfac pcg (kronecker)",
         "Objective, relative to the initial guess",
         "Residual, relative to the right-hand side",
         "a step lowered the objective by less than the tolerance",

@@ -174,6 +174,7 @@ fn mats_without_statistics_is_iso_ridge_where_there_is_a_base() {
         ("no_base", "merge_method: mats"),
         ("unmatched", "merge_method: mats\nbase_model: base\nunmatched: average"),
         ("auto", "merge_method: mats\nbase_model: base\nsubspace: auto"),
+        ("scaled", "merge_method: mats\nbase_model: base\nparameters: { off_diagonal: 0.9 }"),
     ] {
         let merged = merge(head, out);
         for (name, _, _) in WEIGHTS {

@@ -106,6 +106,14 @@ fn initial_guesses_by_name() {
                 _ => wudi(&world, w),
             };
             assert_near(&merged.values(name), &two_steps(&world, w, &start), CG, &format!("{out} {name}"));
+            let told = match out {
+                "zero" => "zero",
+                "average" => "mean",
+                "auto" | "iso_ridge" => "iso_ridge",
+                "wudi" => "task vectors",
+                _ => "checkpoint",
+            };
+            assert_eq!(merged.parameter(name)["start"], told, "{out} {name}");
         }
     }
 }
