@@ -198,10 +198,11 @@ fn check_top_keys(top: &Scope<'_>) -> Result<(), ConfigError> {
 fn belongs(key: &str) -> Option<&'static str> {
     let is_parameter =
         Method::words(&[]).iter().any(|(_, method)| method.parameters().iter().any(|spec| spec.name == key));
-    if is_parameter {
-        Some("parameters")
-    } else if SOLVER_KEYS.contains(&key) {
+    // `ridge` is both: of a solver more often.
+    if SOLVER_KEYS.contains(&key) {
         Some("solver")
+    } else if is_parameter {
+        Some("parameters")
     } else if matches!(key, "model" | "statistics") {
         Some("models")
     } else {

@@ -195,7 +195,7 @@ impl Round {
     }
 
     /// The ridge ρ in force once the engine knows which solver it uses: the one given, else 0.3 for `wudi`
-    /// and `actmat`, 0.03 for `pcg`, 0 for the rest.
+    /// and `actmat`, 0.1 for `pcg`, 0 for the rest.
     pub fn ridge(&self, solver: SolverMethod) -> f64 {
         self.solver.ridge_or(match (self.method, solver) {
             (Method::Wudi | Method::Actmat, _) => TASK_VECTOR_RIDGE,
@@ -221,7 +221,7 @@ impl Round {
 /// Default ridge of `wudi` and `actmat`.
 pub const TASK_VECTOR_RIDGE: f64 = 0.3;
 /// Default ridge of `pcg`.
-pub const PCG_RIDGE: f64 = 0.03;
+pub const PCG_RIDGE: f64 = 0.1;
 
 /// An enum whose variants are words of the config.
 pub(super) trait Words: Sized + Copy + 'static {

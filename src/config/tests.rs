@@ -120,7 +120,7 @@ fn defaults_of_each_method() {
     }
     let config = ok(&format!("merge_method: mats\nsubspace: delta_gram\n{stats}"));
     assert_eq!(config.round.subspace, Subspace::DeltaGram(DeltaScale::InverseSquaredNorm));
-    assert_eq!(config.round.ridge(SolverMethod::Pcg), 1.0);
+    assert_eq!(config.round.ridge(SolverMethod::Pcg), 0.1);
     assert_eq!(ok("merge_method: linear\nmodels: [{model: a}]").directory, Path::new("dir"));
     let here =
         MergeConfig::parse(Path::new("c.yml"), format!("merge_method: linear\n{MODELS}")).expect("valid");

@@ -130,8 +130,16 @@ pub(super) fn command(args: MergeArgs) -> Result<ExitCode, Error> {
         for (name, record) in &summary.report.parameters {
             if let Some(reason @ ("not_finite" | "not_positive_definite")) = record.stop_reason.as_deref() {
                 let name = crate::read::escaped(name);
+                // Stored Grams have rounding noise of either sign, which a ridge outweighs.
+                let hint = match reason {
+                    "not_finite" => String::new(),
+                    _ => format!(
+                        "; try a `solver.ridge` above {}, or statistics in f32",
+                        record.ridge.unwrap_or_default()
+                    ),
+                };
                 tracing::warn!(
-                    "{of}tensor `{name}`: the solver stopped ({reason}) and kept its last good iterate"
+                    "{of}tensor `{name}`: the solver stopped ({reason}) and kept its last good iterate{hint}"
                 );
             }
         }
