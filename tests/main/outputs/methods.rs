@@ -234,8 +234,8 @@ fn two_model_kfac_direct_is_exact() {
     for (out, head, ridge) in [
         ("direct", "merge_method: mats\nsubspace: kfac\nsolver: { method: direct }", 0.0),
         ("ridged", "merge_method: mats\nsubspace: kfac\nsolver: { method: direct, ridge: 0.2 }", 0.2),
-        ("auto", "merge_method: mats\nsubspace: kfac", 1.0),
-        ("auto_given", "merge_method: mats\nsubspace: kfac\nsolver: { ridge: 0.1 }", 0.1),
+        ("auto", "merge_method: mats\nsubspace: kfac", 0.1),
+        ("auto_given", "merge_method: mats\nsubspace: kfac\nsolver: { ridge: 0.3 }", 0.3),
     ] {
         let merged = world.merge(head, out);
         for (w, (name, _, _)) in WEIGHTS.iter().enumerate() {
@@ -389,7 +389,7 @@ fn pcg_agrees_with_the_ridged_system() {
     let world = World::new(3, 16);
     for preconditioner in ["none", "jacobi", "kronecker", "kronecker_cholesky", "generalized", "hybrid"] {
         let head = format!(
-            "merge_method: mats\nsubspace: kfac\nsolver: {{ method: pcg, preconditioner: {preconditioner}, tolerance: 0, max_iterations: 60 }}"
+            "merge_method: mats\nsubspace: kfac\nsolver: {{ method: pcg, preconditioner: {preconditioner}, ridge: 1.0, tolerance: 0, max_iterations: 60 }}"
         );
         let merged = world.merge(&head, preconditioner);
         for (w, (name, _, _)) in WEIGHTS.iter().enumerate() {
@@ -425,7 +425,7 @@ fn refinement_reaches_what_f32_does_not() {
     let solver = |tolerance: &str| {
         format!(
             "merge_method: mats\nsubspace: kfac\nout_dtype: float64\n\
-             solver: {{ method: pcg, max_iterations: 200, stop: {{ relative_residual: {tolerance} }} }}"
+             solver: {{ method: pcg, ridge: 1.0, max_iterations: 200, stop: {{ relative_residual: {tolerance} }} }}"
         )
     };
     let merged = world.merge(&solver("1.0e-12"), "refined");
