@@ -383,7 +383,7 @@ impl Shared<'_> {
     }
 
     /// Whether nothing but task vectors can say how to merge: no statistics at all, a base, and nothing else asked for. Then
-    /// `mats` is what it otherwise starts from, `iso_ridge`: 3 (LoRA) to 10 points of normalised accuracy above the plain
+    /// `mats` is what it otherwise starts from, `iso_ridge`: 2 (LoRA) to 10 points of normalised accuracy above the plain
     /// average that unmatched parameters get (`benches/quality`).
     fn is_data_free(&self, scope: &Scope<'_>) -> bool {
         let asked = ["subspace", "initial", "solver", "unmatched", "sweep"];
