@@ -8,7 +8,8 @@
 
 use super::combine::LAMBDA;
 use super::whole::{
-    OnWeights, ReadTask, WholeError, WholeTensor, map_values, orthonormalise, recompose, sum_of_tasks, svd,
+    OnWeights, ReadTask, WholeError, WholeTensor, map_bytes, map_flops, orthonormalise, recompose,
+    sum_of_tasks, svd,
 };
 use super::{Arguments, BaseUse, Definition, Elementwise};
 use crate::config::{ParameterSpec, Range};
@@ -50,17 +51,14 @@ impl WholeTensor for Iso {
 
     fn memory_bytes(&self, shape: BlockShape, _models: usize) -> u64 {
         let (m, n) = (shape.out_features as u64, shape.in_features as u64);
-        let (side, other) = (m.min(n), m.max(n));
         // With spaces of their own: a task vector beside the result, both sides' vectors and a copy of one.
-        let vectors = if self.common.is_some() { m * n + 3 * side * (m + n) } else { 0 };
-        8 * (m * n + vectors + map_values(side, other))
+        let vectors = if self.common.is_some() { m * n + 3 * m.min(n) * (m + n) } else { 0 };
+        map_bytes(shape) + 8 * vectors
     }
 
     fn flops(&self, shape: BlockShape, models: usize) -> f64 {
-        let (m, n) = (shape.out_features as f64, shape.in_features as f64);
-        let side = m.min(n);
         let decompositions = if self.common.is_some() { models as f64 + 3.0 } else { 1.0 };
-        decompositions * (4.0 * m * n * side + 9.0 * side.powi(3))
+        decompositions * map_flops(shape)
     }
 
     fn merge_whole(

@@ -15,13 +15,13 @@
 
 use super::combine::LAMBDA;
 use super::whole::{
-    NULL, OnWeights, ReadTask, WholeError, WholeTensor, map_singular_values, map_values, sum_of_tasks,
+    NULL, OnWeights, ReadTask, WholeError, WholeTensor, map_bytes, map_flops, map_singular_values,
+    sum_of_tasks,
 };
 use super::{Arguments, BaseUse, Definition, Elementwise};
 use crate::config::{ParameterSpec, Range};
 use crate::kernel::Threading;
 use crate::operator::BlockShape;
-use crate::view::names::is_embedding;
 
 /// ρ unless given.
 const RIDGE: f64 = 0.5;
@@ -56,8 +56,7 @@ fn build(arguments: &Arguments<'_>) -> Result<Box<dyn Elementwise>, String> {
     }
     weights.iter_mut().for_each(|w| *w *= count / sum);
     let ridge = arguments.number("ridge", RIDGE);
-    let matrix = arguments.shape().len() == 2 && !is_embedding(arguments.tensor());
-    Ok(OnWeights::boxed(lambda, matrix.then_some(IsoRidge { weights, lambda, ridge })))
+    Ok(OnWeights::boxed(lambda, arguments.is_linear().then_some(IsoRidge { weights, lambda, ridge })))
 }
 
 /// Of all models alike, with the defaults: where `mats` starts on a weight.
@@ -71,14 +70,11 @@ impl WholeTensor for IsoRidge {
     }
 
     fn memory_bytes(&self, shape: BlockShape, _models: usize) -> u64 {
-        let (m, n) = (shape.out_features as u64, shape.in_features as u64);
-        8 * (m * n + map_values(m.min(n), m.max(n)))
+        map_bytes(shape)
     }
 
     fn flops(&self, shape: BlockShape, _models: usize) -> f64 {
-        let (m, n) = (shape.out_features as f64, shape.in_features as f64);
-        let side = m.min(n);
-        4.0 * m * n * side + 9.0 * side.powi(3)
+        map_flops(shape)
     }
 
     fn merge_whole(

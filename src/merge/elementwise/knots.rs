@@ -17,7 +17,6 @@ use crate::config::{ParameterSpec, Range};
 use crate::kernel::{Buffer, Threading, gemm, mat, mat_mut};
 use crate::operator::BlockShape;
 use crate::solve::eigen::Eigen;
-use crate::view::names::is_embedding;
 
 pub(super) static DEFINITION: Definition = Definition {
     name: "knots",
@@ -55,9 +54,8 @@ fn build(arguments: &Arguments<'_>) -> Result<Box<dyn Elementwise>, String> {
     }
     let lambda = arguments.number("lambda", 1.0);
     let density = arguments.numbers("density", 1.0);
-    let matrix = arguments.shape().len() == 2 && !is_embedding(arguments.tensor());
     let knots = Knots { weights, density, normalize, ties, lambda };
-    Ok(OnWeights::boxed(lambda, matrix.then_some(knots)))
+    Ok(OnWeights::boxed(lambda, arguments.is_linear().then_some(knots)))
 }
 
 impl Knots {

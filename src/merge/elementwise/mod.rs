@@ -56,6 +56,7 @@ pub use whole::{ReadTask, WholeError, WholeTensor};
 
 use super::SourceId;
 use crate::config::{ParameterSpec, Round};
+use crate::view::names::is_embedding;
 
 /// Every method of this module, as the config names them.
 pub static METHODS: [&Definition; 27] = [
@@ -264,6 +265,11 @@ impl Arguments<'_> {
     /// As stored, outermost dimension first.
     pub fn shape(&self) -> &[usize] {
         self.shape
+    }
+
+    /// Whether the tensor is the weight of a linear layer: 2-D and no embedding.
+    pub fn is_linear(&self) -> bool {
+        self.shape.len() == 2 && !is_embedding(self.tensor)
     }
 
     /// Length of the last dimension; a vector is one row.

@@ -14,10 +14,18 @@ use crate::solve::eigen::{Eigen, NoConvergence};
 /// Rows or columns that [`map_singular_values`] works on at a time.
 const MAPPED: usize = 512;
 
-/// Values that [`map_singular_values`] and [`sum_of_tasks`] hold beside their argument, for a smaller side and a larger one.
-pub(super) const fn map_values(side: u64, other: u64) -> u64 {
-    let panel = if other < MAPPED as u64 { other } else { MAPPED as u64 };
-    gram_values(side) + if side * panel > READ as u64 { side * panel } else { READ as u64 }
+/// Bytes of a task vector that [`sum_of_tasks`] makes and [`map_singular_values`] works on, and of what the two hold beside it.
+pub(super) fn map_bytes(shape: BlockShape) -> u64 {
+    let (m, n) = (shape.out_features as u64, shape.in_features as u64);
+    let panel = m.min(n) * m.max(n).min(MAPPED as u64);
+    8 * (m * n + gram_values(m.min(n)) + panel.max(READ as u64))
+}
+
+/// Floating point operations of [`map_singular_values`].
+pub(super) fn map_flops(shape: BlockShape) -> f64 {
+    let (m, n) = (shape.out_features as f64, shape.in_features as f64);
+    let side = m.min(n);
+    4.0 * m * n * side + 9.0 * side.powi(3)
 }
 
 /// Squared singular values below this share of the largest are null.

@@ -287,13 +287,9 @@ fn iso_ridge_leaves_noise_small_and_what_cancels_gone() {
     // Rounding of 384 values below 1 to f32: a norm below 384^(1/2) · 6e-8 = 1.2e-6 a task vector and for the result, scaled
     // up by at most 1 / (0.5·σ̄) of about 2.
     assert!(values[1] > 0.3 && values[2] < 1e-5, "{values:?}");
-    assert!((svd_norm(&values) - 1.0).abs() < 1e-5, "the norm of one task vector: {values:?}");
+    assert!((norm(&values) - 1.0).abs() < 1e-5, "the norm of one task vector: {values:?}");
     let gone = merged_task("{ model: m0 }, { model: m2 }", "opposite");
     assert!(gone.norm() < 1e-5, "{}", gone.norm());
-}
-
-fn svd_norm(values: &[f64]) -> f64 {
-    values.iter().map(|v| v * v).sum::<f64>().sqrt()
 }
 
 #[test]
