@@ -184,7 +184,7 @@ impl Contender {
             Self::Rotated => {
                 let (a, g) = sides()?;
                 let system = Rotated::new(shape, a, g, &weights, (1.0, 1.0))?;
-                let scaling = system.scaling(&weights, shift, THREADING);
+                let scaling = system.scaling(shift, THREADING);
                 system.enter(&mut r, &mut t, THREADING);
                 rotated = Some(system);
                 Box::new(scaling)

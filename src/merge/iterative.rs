@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::diagonal::DiagonalSystem;
 use super::direct::read_difference;
 use super::kfac::{kronecker_kind, power_of_two_scale, solve_kfac};
+use super::lift::{Lifts, Repair, Repairs};
 use super::snapshots::Keeper;
 use super::terms::gram_factor;
 use super::{GramKind, Inputs, Iteration, MergeError, Solve, SolveModel, SolverChoice, Tally};
@@ -177,6 +178,8 @@ pub struct SolveDetail {
     pub setup: Option<SetupReport>,
     /// In the iterations.
     pub solve_seconds: Option<f64>,
+    /// How the system was made positive definite, if it was not.
+    pub repair: Repair,
     /// One entry a step, the first before any.
     pub history: Vec<StepReport>,
 }
@@ -322,7 +325,7 @@ fn solve_gram(
     let setup = setup_report(preconditioner.as_ref(), started);
     let conditioned = Conditioned::Applied(preconditioner);
     let system =
-        System { operator: &operator, models: &models, conditioned, setup, scale, shift, kept: None };
+        System { operator: &mut operator, models: &models, conditioned, setup, scale, shift, kept: None };
     iterate(context, iteration, system, x0, d)
 }
 
@@ -426,11 +429,24 @@ impl Conditioned {
             Self::Rotated(_, scaling) => scaling,
         }
     }
+
+    /// For a larger ridge, and lifted factors.
+    fn damp(&mut self, shift: f64, lifts: &Lifts, threading: Threading) {
+        match self {
+            Self::Applied(preconditioner) => {
+                preconditioner.damp(shift, &lifts.input, &lifts.output, threading);
+            }
+            Self::Rotated(rotated, scaling) => {
+                rotated.lift(&lifts.terms, &lifts.input, &lifts.output);
+                *scaling = rotated.scaling(shift, threading);
+            }
+        }
+    }
 }
 
 /// One linear system in f32.
 pub(super) struct System<'s> {
-    pub operator: &'s dyn OperatorSum<f32>,
+    pub operator: &'s mut dyn OperatorSum<f32>,
     /// In the order of the operator's terms.
     pub models: &'s [SolveModel],
     pub conditioned: Conditioned,
@@ -443,6 +459,35 @@ pub(super) struct System<'s> {
     pub kept: Option<&'s mut Option<KeptStart>>,
 }
 
+/// `r ← Σ Cᵢ(θᵢ-x₀)`, from what variants of a sweep share where it is kept. Gives the objective at `x0`, and `‖b‖` in the
+/// operator's scaling.
+#[allow(clippy::too_many_arguments, reason = "a system, its surroundings and where the residual goes")]
+fn begin(
+    context: &BlockContext<'_>,
+    operator: &dyn OperatorSum<f32>,
+    models: &[SolveModel],
+    scale: f64,
+    x0: &[f32],
+    r: &mut [f32],
+    kept: Option<&mut Option<KeptStart>>,
+    workspace: &mut Workspace<f32>,
+) -> Result<(f64, f64), MergeError> {
+    if let Some(Some(known)) = &kept {
+        r.copy_from_slice(&known.residual);
+        return Ok((known.objective, known.rhs_norm));
+    }
+    let mut p = Buffer::<f32>::zeroed(r.len());
+    let objective = residual_at(context, operator, models, x0, r, &mut p, workspace)? / scale;
+    operator.apply(x0, &mut p, workspace)?;
+    let rhs_norm = vector::squared_norm_of_sum(r, &p, context.threading).sqrt();
+    if let Some(kept) = kept {
+        let mut residual = Buffer::<f32>::zeroed(r.len());
+        residual.copy_from_slice(r);
+        *kept = Some(KeptStart { residual, objective, rhs_norm });
+    }
+    Ok((objective, rhs_norm))
+}
+
 /// Right-hand side, iterations, and the truth about the result.
 pub(super) fn iterate(
     context: &BlockContext<'_>,
@@ -452,46 +497,48 @@ pub(super) fn iterate(
     d: &mut [f32],
 ) -> Result<SolveOutcome, MergeError> {
     let BlockContext { shape, threading, .. } = *context;
-    let System { operator, models, conditioned, setup, scale, shift, mut kept } = system;
+    let System { operator, models, mut conditioned, setup, scale, shift, mut kept } = system;
     let scratch = conditioned.preconditioner().scratch_elements();
     let mut workspace = Workspace::new(operator.scratch_elements().max(scratch), threading);
     let mut r = Buffer::<f32>::zeroed(shape.elements());
-    let (objective_initial, rhs_norm) = match kept.as_ref().and_then(|kept| kept.as_ref()) {
-        Some(known) => {
-            r.copy_from_slice(&known.residual);
-            (known.objective, known.rhs_norm)
-        }
-        None => {
-            let mut p = Buffer::<f32>::zeroed(shape.elements());
-            let mut q = Buffer::<f32>::zeroed(shape.elements());
-            let objective =
-                residual_at(context, operator, models, x0, &mut r, &mut p, &mut workspace)? / scale;
-            operator.apply(x0, &mut q, &mut workspace)?;
-            (objective, vector::squared_norm_of_sum(&r, &q, threading).sqrt())
+    let mut repairs = Repairs::of(shift);
+    let (mut spent, mut seconds) = (0.0, 0.0);
+    let (mut outcome, start, mut p) = loop {
+        let (objective_initial, rhs_norm) =
+            begin(context, operator, models, scale, x0, &mut r, kept.as_deref_mut(), &mut workspace)?;
+        let flops = spent + 3.0 * operator.flops();
+        let start = Start { objective_initial, rhs_norm, scale, shift: repairs.shift, flops };
+        let preconditioner = conditioned.preconditioner();
+        let (outcome, p) = match &conditioned {
+            Conditioned::Applied(_) => {
+                run(context, iteration, operator, preconditioner, &start, &mut r, d, &mut workspace)?
+            }
+            Conditioned::Rotated(rotated, _) => {
+                let mut t = Buffer::<f32>::zeroed(shape.elements());
+                rotated.enter(&mut r, &mut t, threading);
+                drop(t);
+                let operator = rotated.operator();
+                let (outcome, mut p) =
+                    run(context, iteration, operator, preconditioner, &start, &mut r, d, &mut workspace)?;
+                rotated.leave(d, &mut p, threading);
+                (outcome, p)
+            }
+        };
+        seconds += outcome.detail.solve_seconds.unwrap_or_default();
+        // The paper's plain CG stops where it stops.
+        let plain = preconditioner.is_identity();
+        let lifts = if plain { None } else { repairs.after(&outcome.stop, operator, threading)? };
+        let Some(lifts) = lifts else { break (outcome, start, p) };
+        spent = outcome.flops;
+        operator.lift(&lifts.terms);
+        conditioned.damp(repairs.shift, &lifts, threading);
+        if repairs.lifted {
+            // What variants of a sweep share is the start of the system as it is stored.
+            kept = None;
         }
     };
-    if let Some(kept @ None) = kept.as_deref_mut() {
-        let mut residual = Buffer::<f32>::zeroed(shape.elements());
-        residual.copy_from_slice(&r);
-        *kept = Some(KeptStart { residual, objective: objective_initial, rhs_norm });
-    }
-    let start = Start { objective_initial, rhs_norm, scale, shift, flops: 3.0 * operator.flops() };
-    let preconditioner = conditioned.preconditioner();
-    let (mut outcome, mut p) = match &conditioned {
-        Conditioned::Applied(_) => {
-            run(context, iteration, operator, preconditioner, &start, &mut r, d, &mut workspace)?
-        }
-        Conditioned::Rotated(rotated, _) => {
-            let mut t = Buffer::<f32>::zeroed(shape.elements());
-            rotated.enter(&mut r, &mut t, threading);
-            drop(t);
-            let operator = rotated.operator();
-            let (outcome, mut p) =
-                run(context, iteration, operator, preconditioner, &start, &mut r, d, &mut workspace)?;
-            rotated.leave(d, &mut p, threading);
-            (outcome, p)
-        }
-    };
+    outcome.detail.solve_seconds = Some(seconds);
+    outcome.detail.repair = repairs.made();
     outcome.detail.setup = setup;
     outcome.flops += setup.map_or(0.0, |s| s.flops);
     drop(conditioned);
@@ -501,7 +548,7 @@ pub(super) fn iterate(
         r.copy_from_slice(&known.residual);
         vector::axpy(-1.0, &p, &mut r, threading);
         let decrease = vector::dot(d, &known.residual, threading) + vector::dot(d, &r, threading);
-        (objective_initial - decrease / scale).max(0.0)
+        (start.objective_initial - decrease / scale).max(0.0)
     } else {
         let mut x = Buffer::<f32>::zeroed(shape.elements());
         x.copy_from_slice(x0);
@@ -588,7 +635,7 @@ fn run(
     let started = Instant::now();
     // What was handed on to a watcher would be handed on again.
     let place = context.snapshots.filter(|_| context.watch.is_none());
-    let mut keeper = place.map(|place| Keeper::new(place, iteration.max_iterations));
+    let mut keeper = place.map(|place| Keeper::new(place, iteration.max_iterations, start.shift));
     let outcome = conjugate_gradients_from(
         &damped,
         preconditioner,
@@ -608,6 +655,9 @@ fn run(
             (context.observe)(step);
         },
     )?;
+    if let (StopReason::NotPositiveDefinite { .. }, Some(keeper)) = (outcome.stop, &keeper) {
+        keeper.discard(&solve_start);
+    }
     let before = keeper.map_or(Duration::ZERO, |keeper| keeper.before);
     let solve_seconds = Some((before + started.elapsed()).as_secs_f64());
     if outcome.stop == StopReason::Cancelled {
@@ -627,6 +677,7 @@ fn run(
                 preconditioner: (!preconditioner.is_identity()).then(|| preconditioner.name()),
                 setup: None,
                 solve_seconds,
+                repair: Repair::default(),
                 history,
             },
         },

@@ -181,7 +181,7 @@ impl KfacSystem {
                 if rotate {
                     let scales = (self.input_scale, self.scale / self.input_scale);
                     let rotated = Rotated::new(shape, a, g, &weights, scales)?;
-                    let scaling = rotated.scaling(&weights, self.shift, threading);
+                    let scaling = rotated.scaling(self.shift, threading);
                     Conditioned::Rotated(Box::new(rotated), scaling)
                 } else {
                     let made = Kronecker::of_sides(kind, shape, a, g, &weights, self.shift, threading)?;
@@ -204,14 +204,14 @@ pub(super) fn solve_kfac(
     d: &mut [f32],
     shared: &mut SharedFactors,
 ) -> Result<SolveOutcome, MergeError> {
-    let Some(system) = KfacSystem::load(context, solve, memory, shared)? else {
+    let Some(mut system) = KfacSystem::load(context, solve, memory, shared)? else {
         d.fill(0.0);
         return Ok(zero_operator());
     };
     let (conditioned, setup) = system.condition(context, solve, iteration, shared)?;
     let models = system.models();
     let system = System {
-        operator: &system.operator,
+        operator: &mut system.operator,
         models: &models,
         conditioned,
         setup,

@@ -115,6 +115,7 @@ pub fn solve_block(
             preconditioner: (!preconditioner.is_identity()).then(|| preconditioner.name()),
             setup,
             solve_seconds,
+            repair: super::lift::Repair::default(),
             history,
         },
     })

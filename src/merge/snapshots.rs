@@ -21,6 +21,7 @@ const STEP_WORDS: usize = 6;
 pub(super) struct Keeper<'a> {
     place: SolvePlace<'a>,
     max_iterations: usize,
+    shift: f64,
     last: Instant,
     cost: Duration,
     /// Steps that the state which is kept has.
@@ -30,17 +31,28 @@ pub(super) struct Keeper<'a> {
 }
 
 impl<'a> Keeper<'a> {
-    pub fn new(place: SolvePlace<'a>, max_iterations: usize) -> Self {
+    /// For a solve with `shift` added to its operator.
+    pub fn new(place: SolvePlace<'a>, max_iterations: usize, shift: f64) -> Self {
         let (cost, before) = (Duration::ZERO, Duration::ZERO);
-        Self { place, max_iterations, last: Instant::now(), cost, kept: 0, before }
+        Self { place, max_iterations, shift, last: Instant::now(), cost, kept: 0, before }
     }
-}
 
-/// Tells the solves of one tensor apart, and notices where a start is no longer what it was: bits of its norms.
-fn number(start: &SolveStart) -> u64 {
-    let words = [start.rhs_norm.to_bits(), start.residual_norm.to_bits(), start.unknowns as u64];
-    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    twox_hash::XxHash3_64::oneshot(&bytes)
+    /// Removes the state of a solve that ended without a result.
+    pub fn discard(&self, start: &SolveStart) {
+        self.place.discard(self.number(start));
+    }
+
+    /// Tells the solves of one tensor apart, and notices where a start is no longer what it was: bits of its norms.
+    fn number(&self, start: &SolveStart) -> u64 {
+        let words = [
+            start.rhs_norm.to_bits(),
+            start.residual_norm.to_bits(),
+            start.unknowns as u64,
+            self.shift.to_bits(),
+        ];
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        twox_hash::XxHash3_64::oneshot(&bytes)
+    }
 }
 
 fn encode(state: &CgState) -> Vec<u64> {
@@ -104,7 +116,7 @@ impl Snapshots<f32> for Keeper<'_> {
         let most_words = HEAD_WORDS + STEP_WORDS * self.max_iterations.saturating_add(1);
         let bytes = vectors.map(bytemuck::cast_slice_mut);
         let usable = |words: &[u64]| decode(words).is_some();
-        let read = self.place.read(number(start), most_words, bytes, &usable).map_err(failed)?;
+        let read = self.place.read(self.number(start), most_words, bytes, &usable).map_err(failed)?;
         let Some(state) = read.as_deref().and_then(decode) else { return Ok(None) };
         tracing::info!(
             "tensor `{}`: going on after step {}",
@@ -127,7 +139,7 @@ impl Snapshots<f32> for Keeper<'_> {
         if (due || last) && state.steps.len() > self.kept.max(1) {
             let started = Instant::now();
             let bytes = vectors.map(bytemuck::cast_slice);
-            self.place.write(number(start), &encode(state), bytes).map_err(failed)?;
+            self.place.write(self.number(start), &encode(state), bytes).map_err(failed)?;
             self.kept = state.steps.len();
             self.cost = started.elapsed();
             self.last = Instant::now();

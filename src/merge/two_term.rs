@@ -2,24 +2,31 @@
 
 use std::time::Instant;
 
-use super::iterative::{BlockContext, SolveDetail, SolveOutcome, residual_at};
-use super::kfac::{kfac_handles, mean_diagonal, power_of_two_scale};
+use super::iterative::{BlockContext, SolveDetail, SolveOutcome, residual_at, zero_operator};
+use super::kfac::{ModelFactors, kfac_handles, mean_diagonal, power_of_two_scale};
+use super::lift::{Lifts, MOST_RAISES, Repair, raised_shift};
 use super::terms::FactorHandle;
 use super::{MergeError, Solve};
 use crate::kernel::{Buffer, PANEL, Threading, sandwich_scratch, vector};
 use crate::operator::{
-    BlockShape, Damped, Factor, KroneckerSum, KroneckerTerm, LinearOperator, OperatorError, Workspace,
+    BlockShape, Damped, Factor, KroneckerSum, KroneckerTerm, LinearOperator, OperatorError, OperatorSum,
+    Workspace,
 };
 use crate::precond::Preconditioner;
 use crate::report::SetupReport;
 use crate::solve::eigen::{Eigen, Pencil, TwoTermInverse};
 use crate::solve::stop::{DirectMethod, StopReason};
-use crate::solve::{Any, CgVectors, MaxIterations, RelativeResidual, SolveStart, conjugate_gradients};
+use crate::solve::{
+    Any, Cancelled, CgVectors, MaxIterations, RelativeResidual, SolveStart, conjugate_gradients,
+};
 
 /// Where a ridge makes the system three terms, CG in the two-term basis is run to this relative residual …
 const REFINE_TO: f64 = 1e-12;
 /// … or so many steps: a handful where the ridge is weak or strong, some tens in between.
 const REFINE_STEPS: usize = 200;
+/// What storing Grams in f32 leaves in directions that no model has data for may keep the residual above that; above
+/// this, the system is not solved.
+const REFINED_ENOUGH: f64 = 1e-5;
 
 /// Bytes of f64 buffers that a two-model solve holds at its peak for `[out, in]`.
 pub fn memory_bytes(shape: BlockShape) -> u64 {
@@ -43,42 +50,98 @@ pub fn solve_block(
     solve: &Solve,
     x: &mut [f64],
 ) -> Result<SolveOutcome, MergeError> {
-    let BlockContext { tensor, shape, threading, .. } = *context;
-    let (m, n) = (shape.out_features, shape.in_features);
-    let started = Instant::now();
     let handles = kfac_handles(context, solve)?;
-    let mean = mean_diagonal(shape, &handles);
-    let mut outcome = SolveOutcome {
-        stop: StopReason::ZeroOperator,
-        iterations: None,
-        initial_relative_residual: None,
-        final_relative_residual: Some(0.0),
-        objective_initial: 0.0,
-        objective_final: 0.0,
-        flops: 0.0,
-        detail: SolveDetail::default(),
-    };
+    let mean = mean_diagonal(context.shape, &handles);
     if mean == 0.0 {
-        return Ok(outcome);
+        return Ok(SolveOutcome { iterations: None, initial_relative_residual: None, ..zero_operator() });
     }
     let scale = power_of_two_scale(mean);
-    let shift = solve.ridge * mean * scale;
-    let failed = |source| MergeError::Eigen { tensor: tensor.to_owned(), source };
-
-    let mut terms = Vec::new();
-    for (model, a, g) in &handles {
-        terms.push(KroneckerTerm {
-            weight: model.weight * scale,
-            a: a.load::<f64>(false, threading)?,
-            g: g.load::<f64>(false, threading)?,
-            diagonals: None,
-        });
+    let given = solve.ridge * mean * scale;
+    let mut system = System { handles, scale, shift: given, lifts: Lifts::default() };
+    let (mut raises, mut flops) = (0, 0.0);
+    loop {
+        let (mut outcome, refused) = attempt(context, &system, raises < MOST_RAISES, x)?;
+        flops += outcome.flops;
+        match refused {
+            Some(Refused::Lacking(lifts)) => system.lifts = lifts,
+            Some(Refused::Below(shift)) => {
+                raises += 1;
+                system.shift = shift;
+            }
+            None => {
+                let ridge = if raises > 0 { system.shift / given } else { 1.0 };
+                outcome.flops = flops;
+                outcome.detail.repair = Repair { lifted: system.lifted(), ridge };
+                return Ok(outcome);
+            }
+        }
     }
-    let a: Vec<_> = handles.iter().map(|(_, a, _)| (1.0, a)).collect();
-    let g: Vec<_> = handles.iter().map(|(model, _, g)| (model.weight * scale, g)).collect();
-    let a = pencil(&a, n, threading)?.map_err(failed)?;
-    let g = pencil(&g, m, threading)?.map_err(failed)?;
-    let inverse = TwoTermInverse::new(a, g, shift);
+}
+
+/// What is solved.
+struct System {
+    handles: Vec<ModelFactors>,
+    scale: f64,
+    /// μ, scaled.
+    shift: f64,
+    /// Of the factors; empty where they are taken as stored.
+    lifts: Lifts,
+}
+
+impl System {
+    fn lifted(&self) -> bool {
+        !self.lifts.terms.is_empty()
+    }
+
+    fn operator(&self, shape: BlockShape, threading: Threading) -> Result<KroneckerSum<f64>, MergeError> {
+        let mut terms = Vec::new();
+        for (model, a, g) in &self.handles {
+            terms.push(KroneckerTerm {
+                weight: model.weight * self.scale,
+                a: a.load::<f64>(false, threading)?,
+                g: g.load::<f64>(false, threading)?,
+                diagonals: None,
+            });
+        }
+        let mut operator = KroneckerSum::new(shape, terms)?;
+        operator.lift(&self.lifts.terms);
+        Ok(operator)
+    }
+
+    fn inverse(&self, context: &BlockContext<'_>) -> Result<TwoTermInverse, MergeError> {
+        let BlockContext { tensor, shape, threading, .. } = *context;
+        let lift = |k: usize| self.lifts.terms.get(k).copied().unwrap_or_default();
+        let handles = self.handles.iter().enumerate();
+        let a: Vec<_> = handles.clone().map(|(k, (_, a, _))| (1.0, a, lift(k).input)).collect();
+        let g: Vec<_> =
+            handles.map(|(k, (model, _, g))| (model.weight * self.scale, g, lift(k).output)).collect();
+        let failed = |source| MergeError::Eigen { tensor: tensor.to_owned(), source };
+        let a = pencil(&a, shape.in_features, threading)?.map_err(failed)?;
+        let g = pencil(&g, shape.out_features, threading)?.map_err(failed)?;
+        Ok(TwoTermInverse::new(a, g, self.shift))
+    }
+}
+
+/// Why a system is not solved as it is.
+enum Refused {
+    /// Its factors lack so much of being positive semidefinite.
+    Lacking(Lifts),
+    /// It has a direction without curvature: the shift to try.
+    Below(f64),
+}
+
+/// Solves the system as it is, and leaves `x` alone where it is refused; for its shift only if it `may_raise`.
+fn attempt(
+    context: &BlockContext<'_>,
+    system: &System,
+    may_raise: bool,
+    x: &mut [f64],
+) -> Result<(SolveOutcome, Option<Refused>), MergeError> {
+    let BlockContext { shape, threading, .. } = *context;
+    let (m, n) = (shape.out_features, shape.in_features);
+    let System { handles, scale, shift, .. } = system;
+    let started = Instant::now();
+    let inverse = system.inverse(context)?;
     let (mf, nf) = (m as f64, n as f64);
     let setup = SetupReport {
         seconds: started.elapsed().as_secs_f64(),
@@ -86,35 +149,45 @@ pub fn solve_block(
         flops: 24.0 * (mf.powi(3) + nf.powi(3)),
         bytes: 8 * (m * m + n * n) as u64,
     };
-    let operator = KroneckerSum::new(shape, terms)?;
+    let operator = system.operator(shape, threading)?;
     let mut workspace = Workspace::new(operator.scratch_elements().max(m * n), threading);
 
     let mut r = Buffer::<f64>::zeroed(m * n);
     let mut p = Buffer::<f64>::zeroed(m * n);
     let models: Vec<_> = handles.iter().map(|(model, _, _)| model.clone()).collect();
-    outcome.objective_initial =
+    let objective_initial =
         residual_at(context, &operator, &models, x, &mut r, &mut p, &mut workspace)? / scale;
     operator.apply(x, &mut p, &mut workspace)?;
     let rhs_norm = vector::squared_norm_of_sum(&r, &p, threading).sqrt();
     let relative = |norm: f64| if norm == 0.0 { 0.0 } else { norm / rhs_norm };
     let residual_norm = vector::dot(&r, &r, threading).sqrt();
-    outcome.initial_relative_residual = Some(relative(residual_norm));
-    outcome.stop = StopReason::Direct(DirectMethod::GeneralisedEigen);
-    outcome.flops = setup.flops + 3.0 * operator.flops();
-    outcome.detail.setup = Some(setup);
+    let mut outcome = SolveOutcome {
+        stop: StopReason::Direct(DirectMethod::GeneralisedEigen),
+        iterations: None,
+        initial_relative_residual: Some(relative(residual_norm)),
+        final_relative_residual: None,
+        objective_initial,
+        objective_final: objective_initial,
+        flops: setup.flops + 3.0 * operator.flops(),
+        detail: SolveDetail { setup: Some(setup), ..SolveDetail::default() },
+    };
     let started = Instant::now();
 
     let mut d = Buffer::<f64>::zeroed(m * n);
     let preconditioner = InPencils { inverse, elements: m * n };
-    if shift == 0.0 {
+    let mut refused = None;
+    if *shift == 0.0 {
         preconditioner.apply_inverse(&r, &mut d, &mut workspace)?;
     } else {
-        let damped = Damped::new(&operator, shift);
+        let damped = Damped::new(&operator, *shift);
         let mut q = Buffer::<f64>::zeroed(m * n);
         let mut z = Buffer::<f64>::zeroed(m * n);
         let start = SolveStart { rhs_norm: residual_norm, residual_norm, unknowns: m * n };
-        let mut rule =
-            Any(vec![Box::new(RelativeResidual(REFINE_TO)), Box::new(MaxIterations(REFINE_STEPS))]);
+        let mut rule = Any(vec![
+            Box::new(Cancelled(context.cancel)),
+            Box::new(RelativeResidual(REFINE_TO)),
+            Box::new(MaxIterations(REFINE_STEPS)),
+        ]);
         let vectors = CgVectors { d: &mut d, r: &mut r, p: &mut p, q: &mut q, z: &mut z };
         let cg = conjugate_gradients(
             &damped,
@@ -125,28 +198,39 @@ pub fn solve_block(
             &mut workspace,
             &mut |step, _| (context.observe)(step),
         )?;
+        context.check_cancelled()?;
         outcome.iterations = Some(cg.iterations);
         outcome.flops += damped.flops() * cg.iterations as f64;
+        if cg.relative_residual > REFINED_ENOUGH {
+            outcome.stop = cg.stop;
+            // The pencils leave out what is below the noise of f32: the residual that stays there tells of more.
+            let lifts = if system.lifted() { None } else { Lifts::of(&operator, threading)? };
+            let below = || raised_shift(&cg.stop, *shift).filter(|_| may_raise).map(Refused::Below);
+            refused = lifts.map(Refused::Lacking).or_else(below);
+        }
     }
     outcome.detail.solve_seconds = Some(started.elapsed().as_secs_f64());
+    if refused.is_some() {
+        return Ok((outcome, refused));
+    }
     vector::axpy(1.0, &d, x, threading);
     let objective = residual_at(context, &operator, &models, x, &mut r, &mut p, &mut workspace)? / scale;
     vector::axpy(-shift, &d, &mut r, threading);
     outcome.final_relative_residual = Some(relative(vector::dot(&r, &r, threading).sqrt()));
     outcome.objective_final = objective + shift / scale * vector::dot(&d, &d, threading);
-    Ok(outcome)
+    Ok((outcome, None))
 }
 
-/// The first factor and the sum, dense in f64, made diagonal at once.
+/// The first factor and the sum, dense in f64, made diagonal at once. Of each factor: weight, itself, lift.
 fn pencil(
-    factors: &[(f64, &FactorHandle)],
+    factors: &[(f64, &FactorHandle, f64)],
     side: usize,
     threading: Threading,
 ) -> Result<Result<Pencil, crate::solve::eigen::NoConvergence>, OperatorError> {
     let mut first = Buffer::<f64>::zeroed(side * side);
     let mut sum = Buffer::<f64>::zeroed(side * side);
-    for (k, (weight, handle)) in factors.iter().enumerate() {
-        let factor: Factor<f64> = handle.load(false, threading)?;
+    for (k, (weight, handle, lift)) in factors.iter().enumerate() {
+        let factor: Factor<f64> = handle.load(false, threading)?.lifted(*lift);
         let mut scratch = Buffer::<f64>::zeroed(factor.add_scratch());
         factor.add_to(&mut sum, *weight, &mut scratch, threading)?;
         if k == 0 {
@@ -155,7 +239,7 @@ fn pencil(
     }
     crate::operator::mirror(&mut first, side);
     crate::operator::mirror(&mut sum, side);
-    let unit_roundoff = factors.iter().map(|(_, handle)| handle.unit_roundoff()).fold(0.0, f64::max);
+    let unit_roundoff = factors.iter().map(|(_, handle, _)| handle.unit_roundoff()).fold(0.0, f64::max);
     Ok(Pencil::of(&mut first, &mut sum, side, unit_roundoff, threading))
 }
 

@@ -211,10 +211,11 @@ impl<T: Real> Panels<T> {
     }
 }
 
-/// A symmetric positive semidefinite `[side, side]` matrix in full rows.
+/// A symmetric positive semidefinite `[side, side]` matrix in full rows, and a multiple of the identity beside it.
 #[derive(Clone)]
 pub struct Symmetric<T: Real> {
     panels: Panels<T>,
+    lift: f64,
 }
 
 impl<T: Real> Symmetric<T> {
@@ -230,7 +231,7 @@ impl<T: Real> Symmetric<T> {
                 expected: panels.rows,
             });
         }
-        Ok(Self { panels })
+        Ok(Self { panels, lift: 0.0 })
     }
 }
 
@@ -269,11 +270,20 @@ impl<T: Real> Factor<T> {
         }
     }
 
-    /// The matrix itself, where it is in memory.
+    /// `A + by·I`, sharing the values of `A`. A product `FᵀF` is positive semidefinite as it is, and stays so.
+    #[must_use]
+    pub fn lifted(&self, by: f64) -> Self {
+        match self {
+            Self::Symmetric(f) => Self::Symmetric(Symmetric { panels: f.panels.clone(), lift: f.lift + by }),
+            Self::LowRank(f) => Self::LowRank(f.clone()),
+        }
+    }
+
+    /// The whole matrix, where it is in memory.
     pub(crate) fn in_memory(&self) -> Option<MatRef<'_, T>> {
         match self {
-            Self::Symmetric(f) => f.panels.in_memory(),
-            Self::LowRank(_) => None,
+            Self::Symmetric(f) if f.lift == 0.0 => f.panels.in_memory(),
+            _ => None,
         }
     }
 
@@ -310,6 +320,14 @@ impl<T: Real> Factor<T> {
                     let panel = f.panels.panel_view(k.clone(), scratch, threading)?;
                     let x = x.get(.., k.start..k.end);
                     gemm(y.rb_mut(), accumulate || k.start > 0, x, panel, alpha, threading);
+                }
+                if f.lift != 0.0 {
+                    let lift = alpha * f.lift;
+                    for i in 0..x.nrows() {
+                        for j in 0..f.panels.columns {
+                            y[(i, j)] = T::from_f64(y[(i, j)].to_f64() + lift * x[(i, j)].to_f64());
+                        }
+                    }
                 }
             }
             Self::LowRank(f) => {
@@ -362,11 +380,19 @@ impl<T: Real> Factor<T> {
         match self {
             Self::Symmetric(f) => {
                 // The columns of a symmetric matrix are its rows, transposed.
-                let columns = match f.panels.in_memory() {
+                let matching = match f.panels.in_memory() {
                     Some(whole) => whole.get(.., rows.start..rows.end),
-                    None => f.panels.panel_pair(rows, scratch, threading)?.1,
+                    None => f.panels.panel_pair(rows.clone(), scratch, threading)?.1,
                 };
-                gemm(y, true, columns, tile, alpha, threading);
+                gemm(y.rb_mut(), true, matching, tile, alpha, threading);
+                if f.lift != 0.0 {
+                    let lift = alpha * f.lift;
+                    for (i, row) in rows.enumerate() {
+                        for j in 0..columns {
+                            y[(row, j)] = T::from_f64(y[(row, j)].to_f64() + lift * tile[(i, j)].to_f64());
+                        }
+                    }
+                }
             }
             Self::LowRank(f) => {
                 let (panel_scratch, sums) = scratch.split_at_mut(f.panels.pair_scratch());
@@ -417,6 +443,11 @@ impl<T: Real> Factor<T> {
                     let rows = k.start * side..k.end * side;
                     vector::axpy(weight, f.panels.panel(k, scratch, threading)?, &mut s[rows], threading);
                 }
+                if f.lift != 0.0 {
+                    for v in s.iter_mut().step_by(side + 1) {
+                        *v = T::from_f64(v.to_f64() + weight * f.lift);
+                    }
+                }
             }
             Self::LowRank(f) => {
                 for k in panels(f.panels.rows) {
@@ -445,7 +476,8 @@ impl<T: Real> Factor<T> {
                 for k in panels(side) {
                     let panel = f.panels.panel(k.clone(), &mut scratch, threading)?;
                     diagonal.extend(
-                        k.enumerate().map(|(row, column)| weight * panel[row * side + column].to_f64()),
+                        k.enumerate()
+                            .map(|(row, column)| weight * (panel[row * side + column].to_f64() + f.lift)),
                     );
                 }
                 Ok(diagonal)

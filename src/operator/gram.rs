@@ -3,7 +3,8 @@
 use faer::prelude::ReborrowMut;
 
 use super::{
-    BlockShape, Factor, LinearOperator, OperatorError, OperatorSum, Properties, Workspace, apply_terms, check,
+    BlockShape, Factor, Lift, LinearOperator, OperatorError, OperatorSum, Properties, TermFactors, Workspace,
+    apply_terms, check,
 };
 use crate::kernel::{PANEL, Real, gemm, mat, mat_mut, panels};
 
@@ -135,6 +136,21 @@ impl<T: Real> LinearOperator<T> for GramSum<T> {
 impl<T: Real> OperatorSum<T> for GramSum<T> {
     fn terms(&self) -> usize {
         self.terms.len()
+    }
+    fn factors(&self, term: usize) -> TermFactors<'_, T> {
+        let GramTerm { weight, a, .. } = &self.terms[term];
+        TermFactors { input: Some((*weight, a)), output: None }
+    }
+    fn lift(&mut self, lifts: &[Lift]) {
+        let mut sum = 0.0;
+        for (term, lift) in self.terms.iter_mut().zip(lifts) {
+            term.a = term.a.lifted(lift.input);
+            if let Some(diagonal) = &mut term.diagonal {
+                diagonal.iter_mut().for_each(|d| *d += lift.input);
+            }
+            sum += term.weight * lift.input;
+        }
+        self.formed = self.formed.as_ref().map(|s| s.lifted(sum));
     }
     fn accumulate_term(
         &self,

@@ -3,7 +3,8 @@
 use faer::prelude::ReborrowMut;
 
 use super::{
-    BlockShape, Factor, LinearOperator, OperatorError, OperatorSum, Properties, Workspace, apply_terms, check,
+    BlockShape, Factor, Lift, LinearOperator, OperatorError, OperatorSum, Properties, TermFactors, Workspace,
+    apply_terms, check,
 };
 use crate::kernel::{PANEL, Real, mat, mat_mut, panels, sandwich, sandwich_scratch};
 
@@ -126,6 +127,23 @@ impl<T: Real> LinearOperator<T> for KroneckerSum<T> {
 impl<T: Real> OperatorSum<T> for KroneckerSum<T> {
     fn terms(&self) -> usize {
         self.terms.len()
+    }
+    fn factors(&self, term: usize) -> TermFactors<'_, T> {
+        let KroneckerTerm { weight, a, g, .. } = &self.terms[term];
+        TermFactors {
+            input: Some((weight * self.input_scale, a)),
+            output: Some((weight * self.output_scale, g)),
+        }
+    }
+    fn lift(&mut self, lifts: &[Lift]) {
+        for (term, lift) in self.terms.iter_mut().zip(lifts) {
+            term.a = term.a.lifted(lift.input);
+            term.g = term.g.lifted(lift.output);
+            if let Some((a, g)) = &mut term.diagonals {
+                a.iter_mut().for_each(|d| *d += lift.input);
+                g.iter_mut().for_each(|d| *d += lift.output);
+            }
+        }
     }
     /// `X·Aᵢ` is made for one tile of rows at a time and multiplied by the matching columns of `Gᵢ` while it is in
     /// cache: the whole product `X·Aᵢ` never exists.

@@ -157,6 +157,32 @@ pub trait OperatorSum<T: Real>: LinearOperator<T> {
         y: &mut [T],
         workspace: &mut Workspace<T>,
     ) -> Result<(), OperatorError>;
+    /// The factors that a term is made of, where it is made of such.
+    fn factors(&self, term: usize) -> TermFactors<'_, T> {
+        let _ = term;
+        TermFactors { input: None, output: None }
+    }
+    /// Adds to the diagonals of the terms' factors, one [`Lift`] a term. Does nothing where there are none.
+    fn lift(&mut self, lifts: &[Lift]) {
+        let _ = lifts;
+    }
+}
+
+/// See [`OperatorSum::factors`].
+pub struct TermFactors<'a, T: Real> {
+    /// `[in, in]`, and the weight and scaling on its side: what a preconditioner's side is made with.
+    pub input: Option<(f64, &'a Factor<T>)>,
+    /// `[out, out]`, in the same way.
+    pub output: Option<(f64, &'a Factor<T>)>,
+}
+
+/// What is added to the diagonals of a term's factors, weight and scaling aside: `(G + output·I) X (A + input·I)`.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Lift {
+    /// To the input factor's.
+    pub input: f64,
+    /// To the output factor's.
+    pub output: f64,
 }
 
 /// `y ← Σᵢ Cᵢ·x`, term by term.

@@ -30,6 +30,7 @@ pub struct Kronecker<T: Real> {
     shape: BlockShape,
     a: Side<T>,
     g: Side<T>,
+    weights: Vec<f64>,
     /// `1/D`, or empty where `D = 1`.
     inverse: Buffer<T>,
 }
@@ -102,7 +103,7 @@ impl<T: Real> Kronecker<T> {
         } else {
             inverse_diagonal(shape, &a, &g, weights, shift, threading)
         };
-        Ok(Self { kind, shape, a, g, inverse })
+        Ok(Self { kind, shape, a, g, weights: weights.to_vec(), inverse })
     }
 }
 
@@ -182,5 +183,13 @@ impl<T: Real> Preconditioner<T> for Kronecker<T> {
         self.g.left_back(z, t, n, threading);
         self.a.right_back(t, z, m, threading);
         Ok(())
+    }
+    fn damp(&mut self, shift: f64, input: &[f64], output: &[f64], threading: Threading) {
+        if !self.inverse.is_empty() {
+            self.a.lift(input);
+            self.g.lift(output);
+            self.inverse = Buffer::zeroed(0);
+            self.inverse = inverse_diagonal(self.shape, &self.a, &self.g, &self.weights, shift, threading);
+        }
     }
 }

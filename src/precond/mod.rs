@@ -19,7 +19,7 @@ pub use kronecker::Kronecker;
 pub use rotated::{Rotated, Scaling};
 pub use side::{Basis, Side};
 
-use crate::kernel::Real;
+use crate::kernel::{Real, Threading};
 use crate::operator::{OperatorError, Workspace};
 use crate::solve::eigen::NoConvergence;
 
@@ -48,6 +48,12 @@ pub trait Preconditioner<T: Real>: Sync {
     /// # Errors
     /// [`OperatorError`] where the lengths are wrong or something streamed cannot be read.
     fn apply_inverse(&self, r: &[T], z: &mut [T], workspace: &mut Workspace<T>) -> Result<(), OperatorError>;
+    /// The operator's ridge is `shift` from now on, and the factors of its terms have more on their diagonals: `input` and
+    /// `output` of each term, weights and scalings of the sides included (empty: none has). One that stays as it is stays
+    /// positive definite.
+    fn damp(&mut self, shift: f64, input: &[f64], output: &[f64], threading: Threading) {
+        let _ = (shift, input, output, threading);
+    }
 }
 
 /// Which `M` stands in for a sum of Kronecker products.

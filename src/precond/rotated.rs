@@ -4,7 +4,7 @@ use super::cost::{self, SetupCost};
 use super::kronecker::inverse_diagonal;
 use super::{KroneckerKind, Preconditioner, Side};
 use crate::kernel::{Buffer, Real, Threading, vector};
-use crate::operator::{BlockShape, KroneckerSum, KroneckerTerm, OperatorError, Workspace};
+use crate::operator::{BlockShape, KroneckerSum, KroneckerTerm, Lift, OperatorError, OperatorSum, Workspace};
 
 /// `Σ wᵢ·Ĝᵢ X Âᵢ` with `Âᵢ = V_Aᵀ AᵢV_A`, `Ĝᵢ = V_Gᵀ GᵢV_G`, and the way there and back.
 ///
@@ -52,9 +52,18 @@ impl<T: Real> Rotated<T> {
         &self.operator
     }
 
+    /// Adds to the diagonals of the factors: in orthonormal bases the same as before they were moved. `input` and `output`
+    /// as for [`Preconditioner::damp`].
+    pub fn lift(&mut self, lifts: &[Lift], input: &[f64], output: &[f64]) {
+        self.operator.lift(lifts);
+        self.a.lift(input);
+        self.g.lift(output);
+    }
+
     /// Its exact diagonal, `shift` included, as a preconditioner.
-    pub fn scaling(&self, weights: &[f64], shift: f64, threading: Threading) -> Scaling<T> {
-        let inverse = inverse_diagonal(self.shape, &self.a, &self.g, weights, shift, threading);
+    pub fn scaling(&self, shift: f64, threading: Threading) -> Scaling<T> {
+        let weights: Vec<f64> = self.operator.terms_weights().collect();
+        let inverse = inverse_diagonal(self.shape, &self.a, &self.g, &weights, shift, threading);
         let mut cost = SetupCost { flops: 0.0, bytes: inverse.bytes() as u64 };
         for side in [&self.a, &self.g] {
             cost.flops += cost::side_flops(KroneckerKind::Eigen, side.side(), side.terms(), true);

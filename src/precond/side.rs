@@ -305,6 +305,20 @@ impl<T: Real> Side<T> {
         })
     }
 
+    /// The factors have so much more on their diagonals, weights included: `diag(Vᵀ(C + δI)V)`.
+    pub(super) fn lift(&mut self, by: &[f64]) {
+        if by.iter().all(|by| *by == 0.0) {
+            return;
+        }
+        let mut diagonals = self.diagonals.as_ref().clone();
+        for (diagonal, by) in diagonals.iter_mut().zip(by) {
+            for (k, d) in diagonal.iter_mut().enumerate() {
+                *d += by * self.norm(k);
+            }
+        }
+        self.diagonals = Arc::new(diagonals);
+    }
+
     /// Length of the side.
     pub fn side(&self) -> usize {
         self.side

@@ -198,7 +198,7 @@ fn rotating_changes_coordinates_and_nothing_else() {
     let a = Side::of(KroneckerKind::Eigen, &a, M, true, threading).unwrap();
     let g = Side::of(KroneckerKind::Eigen, &g, N, true, threading).unwrap();
     let rotated = Rotated::new(shape, a, g, &weights, (2.0, 0.5)).unwrap();
-    let scaling = rotated.scaling(&weights, shift, threading);
+    let scaling = rotated.scaling(shift, threading);
     let (mut r, mut t) = (b.clone(), vec![0.0; M * N]);
     rotated.enter(&mut r, &mut t, threading);
     let mut found = run(rotated.operator(), &scaling, &r);

@@ -176,6 +176,13 @@ pub struct ParameterReport {
     /// The ridge ρ in force.
     #[serde(default, deserialize_with = "null_is_some_nan", skip_serializing_if = "Option::is_none")]
     pub ridge: Option<f64>,
+    /// The ridge asked for, where it had to be raised because the system was not positive definite with it.
+    #[serde(default, deserialize_with = "null_is_some_nan", skip_serializing_if = "Option::is_none")]
+    pub ridge_raised_from: Option<f64>,
+    /// True where rounding had left stored Grams with negative eigenvalues that made the system indefinite: then each of
+    /// its factors has on its diagonal what its least eigenvalue lacked of zero.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub factors_lifted: Option<bool>,
     /// The preconditioner, where there was one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub preconditioner: Option<String>,
@@ -263,6 +270,9 @@ pub struct RoundReport {
     /// As in [`ParameterReport::ridge`].
     #[serde(default, deserialize_with = "null_is_some_nan", skip_serializing_if = "Option::is_none")]
     pub ridge: Option<f64>,
+    /// As in [`ParameterReport::ridge_raised_from`].
+    #[serde(default, deserialize_with = "null_is_some_nan", skip_serializing_if = "Option::is_none")]
+    pub ridge_raised_from: Option<f64>,
 }
 
 /// A number that was written as `null`, since JSON has no NaN.

@@ -143,6 +143,16 @@ pub(super) fn command(args: MergeArgs) -> Result<ExitCode, Error> {
                 );
             }
         }
+        let lifted =
+            summary.report.parameters.values().filter(|record| record.factors_lifted == Some(true)).count();
+        if lifted > 0 {
+            tracing::info!(
+                "{of}{lifted} parameters have Grams that rounding left with negative eigenvalues: made positive semidefinite"
+            );
+        }
+        if let Some(line) = raised_ridges(&summary.report) {
+            tracing::warn!("{of}{line}");
+        }
         if summary.unconverged.is_empty() {
             continue;
         }
@@ -160,6 +170,23 @@ pub(super) fn command(args: MergeArgs) -> Result<ExitCode, Error> {
         }
     }
     Ok(code)
+}
+
+/// Says where a ridge was too weak for the noise of the statistics, and what was done about it.
+fn raised_ridges(report: &RunReport) -> Option<String> {
+    let raised: Vec<(f64, f64)> =
+        report.parameters.values().filter_map(|record| record.ridge_raised_from.zip(record.ridge)).collect();
+    let (from, to) =
+        raised.iter().fold((f64::INFINITY, 0.0f64), |(from, to), r| (from.min(r.0), to.max(r.1)));
+    let which = match raised.len() {
+        0 => return None,
+        1 => "1 parameter is".to_owned(),
+        n => format!("{n} parameters are"),
+    };
+    Some(format!(
+        "{which} not positive definite with ridge {from} (noise of rounded statistics): raised there, to {to:.2} at most; \
+         statistics in f32 would not need it"
+    ))
 }
 
 /// Merges the models of the config at `config` into the new directory `out`. Raise `cancel` to stop. A config with `sweep`

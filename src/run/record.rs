@@ -195,12 +195,14 @@ pub(super) fn parameter(planned: &BlockPlan, block: &BlockReport) -> ParameterRe
         parameter.objective_final = last.objective_final;
         parameter.converged = last.converged;
         parameter.ridge = last.ridge;
+        parameter.ridge_raised_from = last.ridge_raised_from;
     }
     if let Some(last) = block.outcomes.last() {
-        let SolveDetail { preconditioner, setup, solve_seconds, history } = &last.detail;
+        let SolveDetail { preconditioner, setup, solve_seconds, history, repair } = &last.detail;
         parameter.preconditioner = preconditioner.map(str::to_owned);
         parameter.setup = *setup;
         parameter.solve_seconds = *solve_seconds;
+        parameter.factors_lifted = repair.lifted.then_some(true);
         parameter.history.clone_from(history);
     }
     parameter
@@ -217,7 +219,8 @@ fn round(solve: &crate::merge::Solve, outcome: &SolveOutcome) -> RoundReport {
         objective_initial: Some(outcome.objective_initial),
         objective_final: Some(outcome.objective_final),
         converged: Some(outcome.stop.converged()),
-        ridge: (solve.ridge > 0.0).then_some(solve.ridge),
+        ridge: (solve.ridge > 0.0).then_some(solve.ridge * outcome.detail.repair.ridge),
+        ridge_raised_from: (outcome.detail.repair.ridge > 1.0).then_some(solve.ridge),
     }
 }
 

@@ -6,6 +6,7 @@
 pub mod cg;
 pub mod cholesky;
 pub mod eigen;
+pub mod lanczos;
 pub mod observe;
 pub mod refine;
 pub mod stop;

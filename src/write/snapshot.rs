@@ -192,6 +192,14 @@ impl SolvePlace<'_> {
         }
     }
 
+    /// Removes the state of the solve of this number, if there is one.
+    pub fn discard(&self, solve: u64) {
+        let path = self.path(solve, TEMPORARY_SUFFIX);
+        if self.store.files().entry(self.tensor).or_default().remove(&path) {
+            let _ = fs::remove_file(path);
+        }
+    }
+
     /// Reads the state of the solve of this number into `vectors` and gives its words, of which it has at most `most_words`.
     /// `None`, and `vectors` as they were, where there is no whole one, or its words are not `usable`.
     ///

@@ -116,7 +116,10 @@ fn details(block: &Block) -> Markup {
         dl.facts {
             @if let Some(reason) = block.unmerged { (fact("not merged", &show::name(reason))) }
             @if let Some(note) = &record.note && block.unmerged.is_none() { (fact("note", &show::name(note))) }
-            @if let Some(ridge) = record.ridge { (fact("ridge", &show::number(Some(ridge)))) }
+            @if let Some(ridge) = record.ridge { (fact("ridge", &raised(ridge, record.ridge_raised_from))) }
+            @if record.factors_lifted == Some(true) {
+                (fact("Grams", &html! { "made positive semidefinite: rounding had left negative eigenvalues" }))
+            }
             @if record.objective_initial.is_some() || record.objective_final.is_some() {
                 (fact("objective", &ends(record.objective_initial, record.objective_final)))
             }
@@ -146,6 +149,13 @@ fn ends(first: Option<f64>, last: Option<f64>) -> Markup {
     html! { (show::number(first)) " → " (show::number(last)) }
 }
 
+fn raised(ridge: f64, from: Option<f64>) -> Markup {
+    html! {
+        (show::number(Some(ridge)))
+        @if from.is_some() { ", raised from " (show::number(from)) ": not positive definite with less" }
+    }
+}
+
 fn rounds(rounds: &[RoundReport]) -> Markup {
     html! {
         table {
@@ -162,7 +172,7 @@ fn rounds(rounds: &[RoundReport]) -> Markup {
                 td.num { @match round.iterations { Some(k) => (k), None => (show::absent()) } }
                 td.num { (ends(round.objective_initial, round.objective_final)) }
                 td.num { (ends(round.initial_relative_residual, round.final_relative_residual)) }
-                td.num { (show::number(round.ridge)) }
+                td.num { @match round.ridge { Some(ridge) => (raised(ridge, round.ridge_raised_from)), None => (show::absent()) } }
             } } }
         }
     }
