@@ -3,7 +3,8 @@
 //! `resolve` turns a config's rounds into a [`Recipe`] for one tensor from headers alone; `block` carries a recipe out:
 //! `elementwise` makes starting points, averages and the merges that need a few quantities of each tensor, `direct` solves
 //! what has a closed form by rows, `iterative` runs conjugate gradients on a whole block, with `kfac` making the K-FAC
-//! system and its preconditioner and `snapshots` keeping the states of long ones, `refined` does so past f32, and `two_term` solves two-model K-FAC exactly; `sweep`
+//! system and its preconditioner, `lift` repairing one that rounding made indefinite, and `snapshots` keeping the states of
+//! long ones, `refined` does so past f32, and `two_term` solves two-model K-FAC exactly; `sweep`
 //! carries several recipes out that differ in their last step. `plan` calls `resolve`, `stream` calls `block` and `sweep`.
 //! Nothing here decides what runs when, or writes a file.
 
