@@ -527,7 +527,8 @@ pub(super) fn iterate(
         seconds += outcome.detail.solve_seconds.unwrap_or_default();
         // The paper's plain CG stops where it stops.
         let plain = preconditioner.is_identity();
-        let lifts = if plain { None } else { repairs.after(&outcome.stop, operator, threading)? };
+        let lifts =
+            if plain { None } else { repairs.after(&outcome.stop, operator, context, &mut workspace)? };
         let Some(lifts) = lifts else { break (outcome, start, p) };
         spent = outcome.flops;
         operator.lift(&lifts.terms);

@@ -5,17 +5,17 @@
 //! below any sensible ridge. Each factor gets on its diagonal what its least eigenvalue lacks of zero: no more than its
 //! noise, and the eigenbases stay what they are.
 
-use super::MergeError;
-use crate::kernel::{Buffer, Real, Threading, mat, mat_mut};
-use crate::operator::{Factor, Lift, OperatorError, OperatorSum};
+use super::{BlockContext, MergeError};
+use crate::kernel::{Buffer, Real, mat, mat_mut};
+use crate::operator::{Factor, Lift, OperatorError, OperatorSum, Workspace};
 use crate::solve::StopReason;
 use crate::solve::lanczos::least_eigenvalue;
 
 /// How often a solve begins anew with a larger ridge.
 pub(super) const MOST_RAISES: usize = 10;
 
-/// The shift to try after a solve with `shift` met a direction without curvature: it would have had `shift` there, and
-/// twice as much in all others of that kind. `None` where no ridge was asked for, or the solve ended otherwise.
+/// The shift to try after a solve with `shift` met a direction without curvature: twice what would have done there, because
+/// there will be others. `None` where no ridge was asked for, or the solve ended otherwise.
 pub(super) fn raised_shift(stop: &StopReason, shift: f64) -> Option<f64> {
     match stop {
         StopReason::NotPositiveDefinite { curvature } if curvature.is_finite() && shift > 0.0 => {
@@ -62,11 +62,12 @@ impl Repairs {
         &mut self,
         stop: &StopReason,
         operator: &(impl OperatorSum<T> + ?Sized),
-        threading: Threading,
+        context: &BlockContext<'_>,
+        workspace: &mut Workspace<T>,
     ) -> Result<Option<Lifts>, MergeError> {
         let Some(raised) = raised_shift(stop, self.shift) else { return Ok(None) };
         if !self.lifted
-            && let Some(lifts) = Lifts::of(operator, threading)?
+            && let Some(lifts) = Lifts::of(operator, context, workspace)?
         {
             self.lifted = true;
             return Ok(Some(lifts));
@@ -100,20 +101,23 @@ pub(super) struct Lifts {
 impl Lifts {
     /// `None` where all factors are positive semidefinite as far as can be told.
     ///
-    /// Cost: at most 64 products with a vector a factor; a streamed one is read as often.
+    /// Cost: at most 64 products with a vector a factor; a streamed one is read as often. Memory: that of
+    /// [`least_eigenvalue`], and the operator's scratch.
     ///
     /// # Errors
-    /// Those of reading streamed factors.
+    /// Those of reading streamed factors; [`MergeError::Cancelled`].
     pub fn of<T: Real>(
         operator: &(impl OperatorSum<T> + ?Sized),
-        threading: Threading,
+        context: &BlockContext<'_>,
+        workspace: &mut Workspace<T>,
     ) -> Result<Option<Self>, MergeError> {
         let mut lifts = Self::default();
         for term in 0..operator.terms() {
             let factors = operator.factors(term);
-            let side = |factor: Option<(f64, &Factor<T>)>| -> Result<(f64, f64), OperatorError> {
+            let mut side = |factor: Option<(f64, &Factor<T>)>| -> Result<(f64, f64), MergeError> {
                 let Some((weight, factor)) = factor else { return Ok((0.0, 0.0)) };
-                let lift = lacking(factor, threading)?;
+                context.check_cancelled()?;
+                let lift = lacking(factor, workspace)?;
                 Ok((lift, weight * lift))
             };
             let (input, output) = (side(factors.input)?, side(factors.output)?);
@@ -126,18 +130,18 @@ impl Lifts {
 }
 
 /// How far the least eigenvalue of a factor is below zero, the uncertainty of that included.
-fn lacking<T: Real>(factor: &Factor<T>, threading: Threading) -> Result<f64, OperatorError> {
+fn lacking<T: Real>(factor: &Factor<T>, workspace: &mut Workspace<T>) -> Result<f64, OperatorError> {
     if matches!(factor, Factor::LowRank(_)) {
         return Ok(0.0);
     }
     let side = factor.side();
-    let mut scratch = Buffer::<T>::zeroed(factor.right_scratch(1));
+    let (scratch, threading) = workspace.take(factor.right_scratch(1))?;
     let mut x = Buffer::<T>::zeroed(side);
     let mut y = Buffer::<T>::zeroed(side);
     let least = least_eigenvalue(side, |from: &[f64], to: &mut [f64]| {
         x.iter_mut().zip(from).for_each(|(x, v)| *x = T::from_f64(*v));
         let out = mat_mut(&mut y, 1, side);
-        factor.right_multiply(mat(&x, 1, side), out, false, 1.0, &mut scratch, threading)?;
+        factor.right_multiply(mat(&x, 1, side), out, false, 1.0, scratch, threading)?;
         to.iter_mut().zip(y.iter()).for_each(|(v, y)| *v = y.to_f64());
         Ok::<(), OperatorError>(())
     })?;
@@ -149,37 +153,24 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::operator::{BlockShape, KroneckerSum, KroneckerTerm, MemoryRows, Panels, Symmetric};
-
-    fn factor(side: usize, values: &[f64], streamed: bool) -> Factor<f64> {
-        let rows = MemoryRows::new(side, side, values.to_vec()).unwrap();
-        let panels = if streamed {
-            Panels::streamed(Arc::new(rows))
-        } else {
-            Panels::held(&rows, Threading::Sequential).unwrap()
-        };
-        Factor::Symmetric(Symmetric::new(panels).unwrap())
-    }
+    use crate::kernel::Threading;
+    use crate::operator::{MemoryRows, Panels, Symmetric};
 
     #[test]
-    fn each_factor_gets_what_it_lacks() {
+    fn a_factor_lacks_what_its_least_eigenvalue_does() {
         // Eigenvalues 3 and -1; 2 and 2.
-        let (indefinite, definite) = ([1.0, 2.0, 2.0, 1.0], [2.0, 0.0, 0.0, 2.0]);
-        let term = |a: &[f64], g: &[f64]| KroneckerTerm {
-            weight: 0.5,
-            a: factor(2, a, true),
-            g: factor(2, g, false),
-            diagonals: None,
-        };
-        let terms = vec![term(&indefinite, &definite), term(&definite, &definite)];
-        let operator = KroneckerSum::new(BlockShape::new(2, 2), terms).unwrap().scaled(4.0, 8.0);
-        let lifts = Lifts::of(&operator, Threading::Sequential).unwrap().unwrap();
-        assert!((lifts.terms[0].input - 1.0).abs() < 1e-12, "{lifts:?}");
-        assert_eq!((lifts.terms[0].output, lifts.terms[1]), (0.0, Lift::default()));
-        assert!((lifts.input[0] - 2.0).abs() < 1e-12 && lifts.output == [0.0, 0.0], "{lifts:?}");
-        let terms = vec![term(&definite, &definite)];
-        let operator = KroneckerSum::new(BlockShape::new(2, 2), terms).unwrap();
-        assert!(Lifts::of(&operator, Threading::Sequential).unwrap().is_none());
+        for (values, expected) in [([1.0, 2.0, 2.0, 1.0], 1.0), ([2.0, 0.0, 0.0, 2.0], 0.0)] {
+            let rows = MemoryRows::new(2, 2, values.to_vec()).unwrap();
+            let held = Panels::held(&rows, Threading::Sequential).unwrap();
+            for panels in [held, Panels::streamed(Arc::new(rows))] {
+                let factor = Factor::<f64>::Symmetric(Symmetric::new(panels).unwrap());
+                let mut workspace = Workspace::new(factor.right_scratch(1), Threading::Sequential);
+                let lacks = lacking(&factor, &mut workspace).unwrap();
+                assert!((lacks - expected).abs() < 1e-12, "{lacks}");
+                let lifted = lacking(&factor.lifted(lacks), &mut workspace).unwrap();
+                assert!(lifted < 1e-12, "{lifted}");
+            }
+        }
     }
 
     #[test]

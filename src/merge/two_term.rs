@@ -204,7 +204,7 @@ fn attempt(
         if cg.relative_residual > REFINED_ENOUGH {
             outcome.stop = cg.stop;
             // The pencils leave out what is below the noise of f32: the residual that stays there tells of more.
-            let lifts = if system.lifted() { None } else { Lifts::of(&operator, threading)? };
+            let lifts = if system.lifted() { None } else { Lifts::of(&operator, context, &mut workspace)? };
             let below = || raised_shift(&cg.stop, *shift).filter(|_| may_raise).map(Refused::Below);
             refused = lifts.map(Refused::Lacking).or_else(below);
         }

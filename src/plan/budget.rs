@@ -15,6 +15,7 @@ use crate::operator::BlockShape;
 use crate::plan::{Action, BlockPlan, MergePlan};
 use crate::precond::{KroneckerKind, cost};
 use crate::report::StepReport;
+use crate::solve::lanczos;
 use crate::statistics::{Form, Kind};
 use crate::write::checksum;
 
@@ -257,8 +258,11 @@ fn stage_bytes(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, 
             let making = 2 * whole + preconditioner.making;
             let iterating = preconditioner.vectors * whole;
             let refined = if matches!(stage, Stage::Refined(_)) { refined_bytes(shape) } else { 0 };
+            // Should rounding have made the system indefinite: two of CG's vectors have gone by then.
+            let lifting = iterating - 2 * whole + lanczos::memory_bytes(m.max(n));
+            let solving = if preconditioner.vectors > 5 { iterating.max(lifting) } else { iterating };
             let steps = step_bytes(iteration.max_iterations);
-            system * 4 + preconditioner.sides + making.max(iterating) + refined + steps
+            system * 4 + preconditioner.sides + making.max(solving) + refined + steps
         }
     }
 }

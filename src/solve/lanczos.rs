@@ -7,6 +7,11 @@ use crate::kernel::mat;
 /// eigenvalues of a Gram are found first.
 const STEPS: usize = 64;
 
+/// Bytes of the basis and what goes with it.
+pub fn memory_bytes(side: usize) -> u64 {
+    (STEPS as u64 + 3) * side as u64 * 8 + (STEPS * STEPS * 8 * 5) as u64
+}
+
 /// What the steps found.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LeastEigenvalue {
@@ -18,7 +23,7 @@ pub struct LeastEigenvalue {
 
 /// Of a symmetric `[side, side]` matrix that `apply` multiplies its first argument with. The start is the same every time.
 ///
-/// Cost: at most 64 applications, and `64²·side` flops for keeping the basis orthogonal. Memory: 65 vectors. `None` where
+/// Cost: at most 64 applications, and `64²·side` flops for keeping the basis orthogonal. Memory: [`memory_bytes`]. `None` where
 /// there is nothing to find: no side, or values that are not finite.
 ///
 /// # Errors

@@ -62,6 +62,12 @@ impl Stream {
     pub fn thin(&self, first: u64, probability: f64, values: &mut [f32]) {
         let threshold = Threshold::of(probability);
         let Ok(byte) = u8::try_from(threshold.first) else { return };
+        // A multiple of 1/256: eight bits say it all, and the byte itself is one too many.
+        let undecided = threshold.rest > 0;
+        let Some(last) = (if undecided { Some(byte) } else { byte.checked_sub(1) }) else {
+            values.fill(0.0);
+            return;
+        };
         // Up to a whole block, then by chunks of them.
         let head = (first.next_multiple_of(EIGHT as u64) - first).min(values.len() as u64) as usize;
         let (values_before, values) = values.split_at_mut(head);
@@ -73,16 +79,18 @@ impl Stream {
             let first = first + (k * CHUNK) as u64;
             let bytes = self.first_bytes(first / EIGHT as u64, values.len().div_ceil(EIGHT));
             let bytes = &bytes.as_flattened()[..values.len()];
-            for at in memchr::memchr_iter(byte, bytes) {
-                if !self.keeps_by_rest(first + at as u64, threshold) {
-                    values[at] = 0.0;
+            if undecided {
+                for at in memchr::memchr_iter(byte, bytes) {
+                    if !self.keeps_by_rest(first + at as u64, threshold) {
+                        values[at] = 0.0;
+                    }
                 }
             }
             dispatch(
                 #[inline(always)]
                 || {
                     for (value, own) in values.iter_mut().zip(bytes) {
-                        *value = if *own <= byte { *value } else { 0.0 };
+                        *value = if *own <= last { *value } else { 0.0 };
                     }
                 },
             );
