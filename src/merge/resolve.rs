@@ -25,6 +25,9 @@ const PCG_DEFAULTS: (usize, f64) = (20, 1e-3);
 /// Ridge that `auto` folds into the exact two-model K-FAC solve: that of `pcg`, which it stands for.
 const TWO_MODEL_RIDGE: f64 = crate::config::PCG_RIDGE;
 
+/// What an exact two-model solve may take for `auto` to choose it: a second or so of f64. Weights of 384 × 384 are below.
+const CHEAP_FLOPS: f64 = 1e11;
+
 /// Where a tensor's layer lies between the first (0) and the last (1), for per-layer gradients.
 #[derive(Debug, Clone, Default)]
 pub struct LayerPosition {
@@ -489,7 +492,7 @@ impl Resolver<'_> {
             SolverMethod::Auto => match system {
                 System::Identity | System::FisherDiagonal => true,
                 System::Gram(kind) => kind != GramKind::FisherBlock,
-                System::Kfac => models.len() <= 2,
+                System::Kfac => models.len() <= 2 && self.two_models_are_cheap(round),
             },
         };
         if direct && system == System::Kfac && models.len() > 2 {
@@ -526,6 +529,16 @@ impl Resolver<'_> {
         };
         let floor = if direct && round.method == Method::Fisher { FISHER_FLOOR } else { 0.0 };
         Ok(Solve { system, models, solver, ridge, floor })
+    }
+
+    /// Whether K-FAC of two models is solved to the end in about the time of `pcg`'s few steps. Of real factors the three
+    /// terms that a ridge makes take a hundred steps in f64: for large weights that is many times the cost.
+    fn two_models_are_cheap(&self, round: &Round) -> bool {
+        let shape = BlockShape::new(
+            self.meta.shape.first().copied().unwrap_or(1),
+            self.meta.shape.iter().skip(1).product(),
+        );
+        round.solver.ridge_or(TWO_MODEL_RIDGE) == 0.0 || super::two_term::ridged_flops(shape) <= CHEAP_FLOPS
     }
 
     /// The preconditioner of a `pcg` that names none.

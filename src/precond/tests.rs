@@ -285,7 +285,7 @@ fn two_models_directly_and_by_iteration() {
     let (mut g, mut sum) = (weighted(0), add(&weighted(0), &weighted(1)));
     let g = Pencil::of(&mut g, &mut sum, M, 0.0, threading).unwrap();
     let mut direct = b.clone();
-    TwoTermInverse::new(a, g, 0.0).apply(&mut direct, &mut vec![0.0; M * N], threading);
+    TwoTermInverse::new(a, g).apply(&mut direct, &mut vec![0.0; M * N], threading);
     let size = direct.iter().fold(0.0f64, |m, v| m.max(v.abs()));
     for kind in KINDS {
         let preconditioner = Kronecker::new(kind, &wide, 0.0, threading).unwrap();

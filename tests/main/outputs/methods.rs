@@ -5,6 +5,7 @@ use super::{
     gram_solution, kfac_solution, kfac_system,
 };
 use crate::algebra::{Matrix, assert_near};
+use crate::util::{Random, Scratch, Statistics, Tensor, models};
 
 #[test]
 fn linear_is_the_weighted_mean() {
@@ -248,6 +249,51 @@ fn two_model_kfac_direct_is_exact() {
                 "{record}"
             );
         }
+    }
+}
+
+/// Factors of a rank below their side with directions that decay, as real ones have: there the inverse of the two terms alone
+/// left a tenth of the residual after its last step when the ridge was moderate.
+#[test]
+fn two_model_kfac_direct_is_exact_on_decaying_factors() {
+    const SHAPE: (usize, usize) = (20, 28);
+    let mut random = Random::new(12);
+    let scratch = Scratch::new();
+    let mut terms = Vec::new();
+    for name in ["a", "b"] {
+        let theta = Matrix::random(SHAPE.0, SHAPE.1, &mut random).stored();
+        scratch.model(name, &[Tensor::f32("w", &[SHAPE.0, SHAPE.1], &theta.data)]);
+        let mut decaying = |side: usize| {
+            let mut x = Matrix::random(side - 4, side, &mut random);
+            for (k, row) in x.data.chunks_exact_mut(side).enumerate() {
+                row.iter_mut().for_each(|v| *v *= 0.6f64.powi(k as i32));
+            }
+            x.transpose().times(&x).stored()
+        };
+        let (input, output) = (decaying(SHAPE.1), decaying(SHAPE.0));
+        Statistics::new()
+            .full("w/input_gram", SHAPE.1, &input.data)
+            .full("w/output_gram", SHAPE.0, &output.data)
+            .write(&scratch, &format!("{name}.safetensors"));
+        terms.push(Term { weight: 1.0, theta, input, output });
+    }
+    let mean = terms[0].theta.plus(1.0, &terms[1].theta).scaled(0.5);
+    for ridge in [1e-3, 0.1, 10.0] {
+        let text = format!(
+            "merge_method: mats\nsubspace: kfac\nsolver: {{ method: direct, ridge: {ridge} }}\n{}",
+            models(&[("a", Some("a.safetensors")), ("b", Some("b.safetensors"))])
+        );
+        let merged = scratch.merge(&text, &format!("ridge{ridge}"), &["--require-convergence"]);
+        // 1e-10 of the residual by a condition of at most the unknowns over the ridge, 6e5; and the output's rounding.
+        assert_near(
+            &merged.values("w"),
+            &kfac_solution(&terms, &mean, ridge),
+            1e-4,
+            &format!("ridge {ridge}"),
+        );
+        let record = merged.parameter("w");
+        assert!(record["iterations"].as_u64().is_some_and(|steps| steps < 200), "{record}");
+        assert!(record["final_relative_residual"].as_f64().is_some_and(|r| r < 1e-9), "{record}");
     }
 }
 
