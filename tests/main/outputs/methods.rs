@@ -297,6 +297,28 @@ fn two_model_kfac_direct_is_exact_on_decaying_factors() {
     }
 }
 
+/// `auto`: 384 x 384 is cheap in f64, 400 x 400 no more; without a ridge it is direct at any size.
+#[test]
+fn two_model_kfac_is_direct_where_that_is_cheap() {
+    for (side, ridge, solver) in [(384, "0.1", "direct"), (400, "0.1", "pcg"), (400, "0", "direct")] {
+        let scratch = Scratch::new();
+        for name in ["a", "b"] {
+            scratch.model(name, &[Tensor::f32("w", &[side, side], &vec![1.0; side * side])]);
+            let gram = Matrix::identity(side);
+            Statistics::new()
+                .full("w/input_gram", side, &gram.data)
+                .full("w/output_gram", side, &gram.data)
+                .write(&scratch, &format!("{name}.safetensors"));
+        }
+        let text = format!(
+            "merge_method: mats\nsolver: {{ ridge: {ridge} }}\n{}",
+            models(&[("a", Some("a.safetensors")), ("b", Some("b.safetensors"))])
+        );
+        let plan = scratch.plan(&text, &[]).to_string();
+        assert!(plan.contains(&format!("\"solver\":\"{solver}\"")), "{side}, ridge {ridge}: {plan}");
+    }
+}
+
 #[test]
 fn one_model_kfac_is_that_model() {
     let world = World::new(1, 11);
