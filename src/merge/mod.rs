@@ -37,7 +37,7 @@ pub(crate) use refined::memory_bytes as refined_bytes;
 pub use resolve::{LayerPosition, Resolution, resolve};
 pub(crate) use resolve::{gram_key, input_factors_key, statistics_keys};
 pub(crate) use snapshots::{disk_bytes as snapshot_disk_bytes, step_bytes};
-pub use two_term::memory_bytes as two_term_bytes;
+pub use two_term::{memory_bytes as two_term_bytes, most_flops as two_term_flops};
 
 use crate::operator::OperatorError;
 use crate::read::{ReadError, escaped};

@@ -25,8 +25,8 @@ const PCG_DEFAULTS: (usize, f64) = (20, 1e-3);
 /// Ridge that `auto` folds into the exact two-model K-FAC solve: that of `pcg`, which it stands for.
 const TWO_MODEL_RIDGE: f64 = crate::config::PCG_RIDGE;
 
-/// What an exact two-model solve may take for `auto` to choose it: a second or so of f64. Weights of 384 × 384 are below.
-const CHEAP_FLOPS: f64 = 1e11;
+/// What an exact two-model solve may take at most for `auto` to choose it: some seconds of f64. Weights of 384 × 384 are below.
+const CHEAP_FLOPS: f64 = 2e11;
 
 /// Where a tensor's layer lies between the first (0) and the last (1), for per-layer gradients.
 #[derive(Debug, Clone, Default)]
@@ -538,7 +538,7 @@ impl Resolver<'_> {
             self.meta.shape.first().copied().unwrap_or(1),
             self.meta.shape.iter().skip(1).product(),
         );
-        round.solver.ridge_or(TWO_MODEL_RIDGE) == 0.0 || super::two_term::ridged_flops(shape) <= CHEAP_FLOPS
+        round.solver.ridge_or(TWO_MODEL_RIDGE) == 0.0 || super::two_term_flops(shape, true) <= CHEAP_FLOPS
     }
 
     /// The preconditioner of a `pcg` that names none.

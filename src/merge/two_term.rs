@@ -28,11 +28,12 @@ const REFINE_STEPS: usize = 200;
 /// this, the system is not solved.
 const REFINED_ENOUGH: f64 = 1e-5;
 
-/// Operations of one solve with a ridge: two decompositions a side, then some hundred steps of two terms and four products
-/// with bases.
-pub(super) fn ridged_flops(shape: BlockShape) -> f64 {
+/// Flops of one solve at most: its set-up, three applications, and with a ridge the steps that are allowed, of two terms and
+/// four products with bases each.
+pub fn most_flops(shape: BlockShape, ridged: bool) -> f64 {
     let (m, n) = (shape.out_features as f64, shape.in_features as f64);
-    setup_flops(shape) + 100.0 * 8.0 * m * n * (m + n)
+    let steps = if ridged { 2 * REFINE_STEPS } else { 0 };
+    setup_flops(shape) + (3 + steps) as f64 * 4.0 * m * n * (m + n)
 }
 
 /// Two decompositions and three products a side.

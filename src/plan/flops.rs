@@ -2,6 +2,7 @@
 
 use crate::merge::{
     Inputs, Iteration, Recipe, Solve, SolverChoice, System, apply_flops, kronecker_kind, rotates,
+    two_term_flops,
 };
 use crate::operator::BlockShape;
 use crate::precond::{KroneckerKind, cost};
@@ -29,7 +30,7 @@ pub(super) fn flops(inputs: &Inputs, tensor: &str, shape: BlockShape, recipe: &R
                 setup + (steps + ends) * one + steps * step
             }
             (SolverChoice::Direct, System::Gram(_)) => one * (2.0 * models + 2.0) + n * n * n / 3.0,
-            (SolverChoice::Direct, System::Kfac) => 2.0 * one + 30.0 * (m * m * m + n * n * n),
+            (SolverChoice::Direct, System::Kfac) => two_term_flops(shape, solve.ridge > 0.0),
             (SolverChoice::Direct, _) => one,
         };
     }
