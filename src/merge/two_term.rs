@@ -63,7 +63,8 @@ pub fn solve_block(
     solve: &Solve,
     x: &mut [f64],
 ) -> Result<SolveOutcome, MergeError> {
-    let handles = kfac_handles(context, solve)?;
+    let mut handles = kfac_handles(context, solve)?;
+    handles.retain(|(model, a, g)| model.weight * a.trace() * g.trace() > 0.0);
     let mean = mean_diagonal(context.shape, &handles);
     if mean == 0.0 {
         return Ok(SolveOutcome { iterations: None, initial_relative_residual: None, ..zero_operator() });

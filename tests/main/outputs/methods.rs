@@ -297,6 +297,21 @@ fn two_model_kfac_direct_is_exact_on_decaying_factors() {
     }
 }
 
+/// A model of weight 0 has no say, and is no reason to divide by 0.
+#[test]
+fn two_model_kfac_with_a_weight_of_zero_is_the_other_ones() {
+    let world = World::new(2, 13);
+    let text = world.config(
+        "merge_method: mats\nsubspace: kfac\ninitial: average\nsolver: { method: direct, ridge: 0.2 }",
+    );
+    let text = text.replacen("- model: m1\n", "- model: m1\n    parameters: { weight: 0 }\n", 1);
+    let merged = world.scratch.merge(&text, "out", &["--require-convergence"]);
+    for (w, (name, _, _)) in WEIGHTS.iter().enumerate() {
+        let expected = kfac_solution(&world.terms(w, &[1.0, 0.0]), &world.mean_weight(w), 0.2);
+        assert_near(&merged.values(name), &expected, DIRECT, name);
+    }
+}
+
 /// `auto`: 384 x 384 is cheap in f64, 400 x 400 no more; without a ridge it is direct at any size.
 #[test]
 fn two_model_kfac_is_direct_where_that_is_cheap() {
