@@ -156,6 +156,7 @@ def main():
             else:
                 limits = ["--threads", str(arguments.threads), "--max-memory", arguments.max_memory]
                 command = [*mats, "merge", path, "--out", out, "--progress", "none", *limits]
+            os.sync()  # what the other left to be written is not this one's time
             results.append(timed([str(c) for c in command], environment))
             shutil.rmtree(out, ignore_errors=True)
         (theirs, held), (ours, own) = results
