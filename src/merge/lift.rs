@@ -12,11 +12,11 @@ use crate::solve::StopReason;
 use crate::solve::lanczos::least_eigenvalue;
 
 /// How often a solve begins anew with a larger ridge.
-pub(super) const MOST_RAISES: usize = 10;
+const MOST_RAISES: usize = 10;
 
 /// The shift to try after a solve with `shift` met a direction without curvature: twice what would have done there, because
 /// there will be others. `None` where no ridge was asked for, or the solve ended otherwise.
-pub(super) fn raised_shift(stop: &StopReason, shift: f64) -> Option<f64> {
+fn raised_shift(stop: &StopReason, shift: f64) -> Option<f64> {
     match stop {
         StopReason::NotPositiveDefinite { curvature } if curvature.is_finite() && shift > 0.0 => {
             Some(2.0 * (shift - curvature))
@@ -65,19 +65,29 @@ impl Repairs {
         context: &BlockContext<'_>,
         workspace: &mut Workspace<T>,
     ) -> Result<Option<Lifts>, MergeError> {
-        let Some(raised) = raised_shift(stop, self.shift) else { return Ok(None) };
+        if raised_shift(stop, self.shift).is_none() {
+            return Ok(None);
+        }
         if !self.lifted
             && let Some(lifts) = Lifts::of(operator, context, workspace)?
         {
             self.lifted = true;
             return Ok(Some(lifts));
         }
-        if self.raises == MOST_RAISES {
-            return Ok(None);
-        }
-        self.raises += 1;
-        self.shift = raised;
+        let Some(shift) = self.next_shift(stop) else { return Ok(None) };
+        self.raise(shift);
         Ok(Some(Lifts::default()))
+    }
+
+    /// The shift to try after a solve that ended so, if it is to be tried once more.
+    pub fn next_shift(&self, stop: &StopReason) -> Option<f64> {
+        raised_shift(stop, self.shift).filter(|_| self.raises < MOST_RAISES)
+    }
+
+    /// The next solve has this shift.
+    pub fn raise(&mut self, shift: f64) {
+        self.raises += 1;
+        self.shift = shift;
     }
 
     /// For the report.

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::iterative::{BlockContext, SolveDetail, SolveOutcome, residual_at, zero_operator};
 use super::kfac::{ModelFactors, kfac_handles, mean_diagonal, power_of_two_scale};
-use super::lift::{Lifts, MOST_RAISES, Repair, raised_shift};
+use super::lift::{Lifts, Repairs};
 use super::terms::FactorHandle;
 use super::{MergeError, Solve, SolveModel};
 use crate::kernel::{Buffer, PANEL, Threading, sandwich_scratch, vector};
@@ -70,22 +70,21 @@ pub fn solve_block(
         return Ok(SolveOutcome { iterations: None, initial_relative_residual: None, ..zero_operator() });
     }
     let scale = power_of_two_scale(mean);
-    let given = solve.ridge * mean * scale;
-    let mut system = System { handles, scale, shift: given, lifts: Lifts::default() };
-    let (mut raises, mut flops) = (0, 0.0);
+    let repairs = Repairs::of(solve.ridge * mean * scale);
+    let mut system = System { handles, scale, repairs, lifts: Lifts::default() };
+    let mut flops = 0.0;
     loop {
-        let (mut outcome, refused) = attempt(context, &system, raises < MOST_RAISES, x)?;
+        let (mut outcome, refused) = attempt(context, &system, x)?;
         flops += outcome.flops;
         match refused {
-            Some(Refused::Lacking(lifts)) => system.lifts = lifts,
-            Some(Refused::Below(shift)) => {
-                raises += 1;
-                system.shift = shift;
+            Some(Refused::Lacking(lifts)) => {
+                system.repairs.lifted = true;
+                system.lifts = lifts;
             }
+            Some(Refused::Below(shift)) => system.repairs.raise(shift),
             None => {
-                let ridge = if raises > 0 { system.shift / given } else { 1.0 };
                 outcome.flops = flops;
-                outcome.detail.repair = Repair { lifted: system.lifted(), ridge };
+                outcome.detail.repair = system.repairs.made();
                 return Ok(outcome);
             }
         }
@@ -96,17 +95,13 @@ pub fn solve_block(
 struct System {
     handles: Vec<ModelFactors>,
     scale: f64,
-    /// μ, scaled.
-    shift: f64,
+    /// With μ, scaled.
+    repairs: Repairs,
     /// Of the factors; empty where they are taken as stored.
     lifts: Lifts,
 }
 
 impl System {
-    fn lifted(&self) -> bool {
-        !self.lifts.terms.is_empty()
-    }
-
     fn operator(&self, shape: BlockShape, threading: Threading) -> Result<KroneckerSum<f64>, MergeError> {
         let mut terms = Vec::new();
         for (model, a, g) in &self.handles {
@@ -130,7 +125,7 @@ impl System {
         let traces = self.handles.iter().map(|(model, a, g)| [a.trace(), weight(model) * g.trace()]);
         let [a, g] = traces.fold([0.0, 0.0], |[a, g], [ai, gi]| [a + ai, g + gi]);
         let mean = [a / shape.in_features as f64, g / shape.out_features as f64];
-        let root = (self.shift / self.handles.len() as f64).sqrt();
+        let root = (self.repairs.shift / self.handles.len() as f64).sqrt();
         let balance = if mean[1] > 0.0 { (mean[0] / mean[1]).sqrt() } else { 1.0 };
         let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
         for (k, (model, a, g)) in self.handles.iter().enumerate() {
@@ -153,16 +148,16 @@ enum Refused {
     Below(f64),
 }
 
-/// Solves the system as it is, and leaves `x` alone where it is refused; for its shift only if it `may_raise`.
+/// Solves the system as it is, and leaves `x` alone where it is refused.
 fn attempt(
     context: &BlockContext<'_>,
     system: &System,
-    may_raise: bool,
     x: &mut [f64],
 ) -> Result<(SolveOutcome, Option<Refused>), MergeError> {
     let BlockContext { shape, threading, .. } = *context;
     let (m, n) = (shape.out_features, shape.in_features);
-    let System { handles, scale, shift, .. } = system;
+    let System { handles, scale, repairs, .. } = system;
+    let shift = repairs.shift;
     let started = Instant::now();
     let inverse = system.inverse(context)?;
     let setup = SetupReport {
@@ -197,10 +192,10 @@ fn attempt(
     let mut d = Buffer::<f64>::zeroed(m * n);
     let preconditioner = InPencils { inverse, elements: m * n };
     let mut refused = None;
-    if *shift == 0.0 {
+    if shift == 0.0 {
         preconditioner.apply_inverse(&r, &mut d, &mut workspace)?;
     } else {
-        let damped = Damped::new(&operator, *shift);
+        let damped = Damped::new(&operator, shift);
         let mut q = Buffer::<f64>::zeroed(m * n);
         let mut z = Buffer::<f64>::zeroed(m * n);
         let start = SolveStart { rhs_norm: residual_norm, residual_norm, unknowns: m * n };
@@ -224,8 +219,8 @@ fn attempt(
         outcome.flops += damped.flops() * cg.iterations as f64;
         if cg.relative_residual > REFINED_ENOUGH {
             outcome.stop = cg.stop;
-            let lifts = if system.lifted() { None } else { Lifts::of(&operator, context, &mut workspace)? };
-            let below = || raised_shift(&cg.stop, *shift).filter(|_| may_raise).map(Refused::Below);
+            let lifts = if repairs.lifted { None } else { Lifts::of(&operator, context, &mut workspace)? };
+            let below = || repairs.next_shift(&cg.stop).map(Refused::Below);
             refused = lifts.map(Refused::Lacking).or_else(below);
         }
     }

@@ -67,9 +67,8 @@ impl<T: Real> KroneckerSum<T> {
     /// on both sides, see [`KroneckerSum::terms_weights`].
     #[allow(clippy::type_complexity, reason = "two lists of one kind")]
     pub(crate) fn sides(&self) -> (Vec<(f64, &Factor<T>)>, Vec<(f64, &Factor<T>)>) {
-        let a = self.terms.iter().map(|t| (t.weight * self.input_scale, &t.a)).collect();
-        let g = self.terms.iter().map(|t| (t.weight * self.output_scale, &t.g)).collect();
-        (a, g)
+        let factors = || (0..self.terms.len()).map(|term| self.factors(term));
+        (factors().filter_map(|f| f.input).collect(), factors().filter_map(|f| f.output).collect())
     }
 
     /// One weight a term, without the scalings.
