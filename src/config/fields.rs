@@ -150,11 +150,16 @@ impl<'n> Field<'n> {
         }
     }
 
+    /// With the words of YAML 1.1, which mergekit's reader knows, and the numbers that it takes for truth values.
     pub fn boolean(&self) -> Result<bool, ConfigError> {
         match &self.node.value {
             Value::Scalar { text, plain: true } => match text.as_str() {
-                "true" | "True" | "TRUE" => Ok(true),
-                "false" | "False" | "FALSE" => Ok(false),
+                "true" | "True" | "TRUE" | "yes" | "Yes" | "YES" | "on" | "On" | "ON" | "1" | "1.0" => {
+                    Ok(true)
+                }
+                "false" | "False" | "FALSE" | "no" | "No" | "NO" | "off" | "Off" | "OFF" | "0" | "0.0" => {
+                    Ok(false)
+                }
                 _ => Err(self.wrong_type("`true` or `false`")),
             },
             _ => Err(self.wrong_type("`true` or `false`")),

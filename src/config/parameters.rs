@@ -246,7 +246,8 @@ impl ParameterSpec {
 impl Range {
     /// Whether a number is accepted.
     pub fn contains(self, number: f64) -> bool {
-        number.is_finite()
+        // Merges compute in f32.
+        number.abs() <= f64::from(f32::MAX)
             && match self {
                 Self::Any => true,
                 Self::NonNegative => number >= 0.0,

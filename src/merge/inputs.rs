@@ -1,5 +1,6 @@
 //! The opened checkpoints and statistics of a run, and reading a tensor's values from them.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -127,13 +128,19 @@ impl Inputs {
         section.and_then(|k| self.sections.get(k)).unwrap_or(self)
     }
 
-    /// Whether a tensor is seen by some section of the config.
+    /// Whether a tensor belongs to a module of the config, also where the module's slices leave it out.
     pub fn in_module(&self, name: &str) -> bool {
-        let sees = |inputs: &Arc<Inputs>| {
-            let reference = &inputs.checkpoints[inputs.reference()];
-            reference.get(name).is_some()
+        let owns = |inputs: &Arc<Inputs>| {
+            let section = inputs.checkpoints[inputs.reference()].section();
+            section.is_none_or(|section| name.starts_with(&section.prefix))
         };
-        self.sections.iter().any(sees)
+        self.sections.iter().any(owns)
+    }
+
+    /// The name that the output's tensor `name` has in one of the config's models: what filters of its parameters match.
+    pub fn name_in<'n>(&self, source: SourceId, name: &'n str) -> Cow<'n, str> {
+        let section = self.checkpoints[source].section();
+        section.and_then(|section| section.stored(name)).unwrap_or(Cow::Borrowed(name))
     }
 
     /// The checkpoint that gives names, order and dtypes: the base, else the first model.

@@ -1,5 +1,7 @@
 //! From a config's rounds to the recipe of one tensor: presets, defaults, what its statistics allow.
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::elementwise::{Arguments, BaseUse, Definition, MethodStart, iso_ridge};
@@ -34,44 +36,54 @@ pub struct LayerPosition {
     /// The first layer's number in the output.
     first: usize,
     layers: usize,
+    /// Layers by the stack they are in (`encoder.block.`), where there are several: each has its own first and last.
+    stacks: BTreeMap<String, usize>,
 }
 
 impl LayerPosition {
-    /// Counts layers: from config.json where it says so, else from the numbers in the tensors' names.
+    /// Counts layers: from config.json where it says so, else from the numbers in the tensors' names; of several stacks
+    /// (encoder and decoder, a vision tower), each from the names.
     pub fn of(checkpoint: &View) -> Self {
         const KEYS: [&str; 5] = ["num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_layer"];
         let stated = checkpoint.config().and_then(|config| {
             let own = |config: &serde_json::Value| KEYS.iter().find_map(|k| config.get(k)?.as_u64());
             own(config).or_else(|| config.get("text_config").and_then(own))
         });
-        Self { first: 0, layers: stated.map_or_else(|| Self::counted(checkpoint).layers, |n| n as usize) }
+        let counted = Self::counted(checkpoint);
+        Self { layers: stated.map_or(counted.layers, |n| n as usize), ..counted }
     }
 
     /// Counts layers by the numbers in the tensors' names.
     pub fn counted(checkpoint: &View) -> Self {
-        let layers =
-            checkpoint.tensors().filter_map(|(name, _)| layer_index(&name)).max().map_or(0, |k| k + 1);
-        Self { first: 0, layers }
+        let mut stacks: BTreeMap<String, usize> = BTreeMap::new();
+        for (name, _) in checkpoint.tensors() {
+            let Some((at, layer)) = layer_of(&name) else { continue };
+            let stack = &name[..at.start];
+            match stacks.get_mut(stack) {
+                Some(layers) => *layers = (*layers).max(layer + 1),
+                None => drop(stacks.insert(stack.to_owned(), layer + 1)),
+            }
+        }
+        let layers = stacks.values().copied().max().unwrap_or(0);
+        if stacks.len() <= 1 {
+            stacks.clear();
+        }
+        Self { first: 0, layers, stacks }
     }
 
     /// Those of a slice: a gradient runs over each slice anew, as in mergekit.
     pub fn of_slice(output: std::ops::Range<usize>) -> Self {
-        Self { first: output.start, layers: output.len() }
+        Self { first: output.start, layers: output.len(), ..Self::default() }
     }
 
     /// 0 for tensors outside the layers, 1 where there is one layer, as mergekit.
     pub fn of_tensor(&self, name: &str) -> f64 {
-        match layer_index(name) {
-            None => 0.0,
-            Some(_) if self.layers <= 1 => 1.0,
-            Some(k) => (k.saturating_sub(self.first) as f64 / (self.layers - 1) as f64).min(1.0),
+        let Some((at, layer)) = layer_of(name) else { return 0.0 };
+        match self.stacks.get(&name[..at.start]).copied().unwrap_or(self.layers) {
+            ..=1 => 1.0,
+            layers => (layer.saturating_sub(self.first) as f64 / (layers - 1) as f64).min(1.0),
         }
     }
-}
-
-/// The first part of a dotted name that is a number.
-fn layer_index(name: &str) -> Option<usize> {
-    layer_of(name).map(|(_, layer)| layer)
 }
 
 /// A recipe and what a user should know about it.
@@ -94,7 +106,7 @@ pub fn resolve(
     layers: &LayerPosition,
 ) -> Result<Resolution, MergeError> {
     let t = layers.of_tensor(&meta.name);
-    let mut resolver = Resolver { inputs, meta, t, unmatched: None };
+    let mut resolver = Resolver { inputs, meta, t, outermost: true, unmatched: None };
     let mut recipe = resolver.round(&config.round)?;
     recipe.method = config.round.method.name();
     if resolver.unmatched.is_some() {
@@ -110,6 +122,8 @@ struct Resolver<'a> {
     inputs: &'a Inputs,
     meta: &'a TensorMeta,
     t: f64,
+    /// In the config's own round, not in one that it starts from.
+    outermost: bool,
     /// Set by the outermost round only: inner rounds that do not match average silently, as their own result.
     unmatched: Option<String>,
 }
@@ -117,6 +131,11 @@ struct Resolver<'a> {
 impl Resolver<'_> {
     fn name(&self) -> &str {
         &self.meta.name
+    }
+
+    /// Its name in one of the models.
+    fn name_in(&self, source: SourceId) -> Cow<'_, str> {
+        self.inputs.name_in(source, self.name())
     }
 
     fn round(&mut self, round: &Round) -> Result<Recipe, MergeError> {
@@ -140,13 +159,20 @@ impl Resolver<'_> {
         if let Some(start) = self.factors() {
             return Ok(start);
         }
-        let terms: Vec<_> = self
+        let mut terms: Vec<_> = self
             .inputs
             .models
             .iter()
             .enumerate()
-            .map(|(i, m)| (m.source, round.weight(i, self.name(), self.t)))
+            .map(|(i, m)| (m.source, round.weight(i, &self.name_in(m.source), self.t)))
             .collect();
+        // As in mergekit, a base that is none of the models is one more, with the weight that is given for all.
+        if self.outermost
+            && let Some(base) = self.inputs.base.filter(|base| terms.iter().all(|t| t.0 != *base))
+            && let Some(weight) = round.number(None, "weight", &self.name_in(base), self.t)
+        {
+            terms.push((base, weight));
+        }
         let sum: f64 = terms.iter().map(|t| t.1).sum();
         let divisor = if round.normalize(self.name(), self.t) { sum } else { 1.0 };
         self.divides(divisor, &terms)?;
@@ -164,7 +190,7 @@ impl Resolver<'_> {
             .iter()
             .enumerate()
             .filter(|(_, m)| m.source != base)
-            .map(|(i, m)| (m.source, round.weight(i, self.name(), self.t)))
+            .map(|(i, m)| (m.source, round.weight(i, &self.name_in(m.source), self.t)))
             .collect();
         let sum: f64 = terms.iter().map(|t| t.1).sum();
         let divisor = if round.normalize(self.name(), self.t) { sum } else { 1.0 };
@@ -175,7 +201,7 @@ impl Resolver<'_> {
     /// One model's values, or a multiple of them.
     fn passthrough(&self, round: &Round) -> Start {
         let source = self.inputs.models[0].source;
-        match round.scale(0, self.name(), self.t) {
+        match round.scale(0, &self.name_in(source), self.t) {
             1.0 => Start::Copy(source),
             scale => Start::Mean { terms: vec![(source, scale)], divisor: 1.0 },
         }
@@ -201,11 +227,13 @@ impl Resolver<'_> {
             }));
         }
         let places: Vec<Option<usize>> = models.iter().map(|m| m.0).collect();
+        let names: Vec<Cow<'_, str>> = models.iter().map(|m| self.name_in(m.1)).collect();
         let arguments = Arguments {
             round,
             tensor: self.name(),
             t: self.t,
             models: &places,
+            names: &names,
             has_base: origin.is_some(),
             base_model,
             shape: &self.meta.shape,
@@ -270,10 +298,11 @@ impl Resolver<'_> {
             if round.skips_base() && Some(m.source) == base {
                 continue;
             }
-            let weight = round.weight(i, self.name(), self.t);
+            let name = self.name_in(m.source);
+            let weight = round.weight(i, &name, self.t);
             weights.push(weight);
             if weight > 0.0 {
-                let off_diagonal = round.off_diagonal(i, self.name(), self.t);
+                let off_diagonal = round.off_diagonal(i, &name, self.t);
                 models.push(SolveModel { model: i, source: m.source, weight, off_diagonal });
             }
         }
@@ -334,7 +363,10 @@ impl Resolver<'_> {
                 nested
             }
         };
-        self.round(inner)
+        let outer = std::mem::replace(&mut self.outermost, false);
+        let recipe = self.round(inner);
+        self.outermost = outer;
+        recipe
     }
 
     fn checkpoint(&self, model: &crate::config::ModelPath) -> Result<Recipe, MergeError> {
@@ -627,15 +659,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn layer_indices_come_from_the_first_number() {
-        assert_eq!(layer_index("model.layers.12.mlp.weight"), Some(12));
-        assert_eq!(layer_index("encoder.block.3.layer.0.q.weight"), Some(3));
-        assert_eq!(layer_index("lm_head.weight"), None);
-        assert_eq!(layer_index("x.99999999999999999999.w"), None);
-        let layers = LayerPosition { first: 0, layers: 5 };
+    fn a_position_is_that_of_the_layer_in_its_stack() {
+        let layers = LayerPosition { layers: 5, ..LayerPosition::default() };
         assert_eq!(layers.of_tensor("h.2.w"), 0.5);
         assert_eq!(layers.of_tensor("wte.weight"), 0.0);
-        assert_eq!(LayerPosition { first: 0, layers: 1 }.of_tensor("h.0.w"), 1.0);
+        assert_eq!(LayerPosition { layers: 1, ..LayerPosition::default() }.of_tensor("h.0.w"), 1.0);
+        let stacks = [("encoder.block.".to_owned(), 5), ("decoder.block.".to_owned(), 3)].into();
+        let stacks = LayerPosition { layers: 5, stacks, ..LayerPosition::default() };
+        assert_eq!(stacks.of_tensor("encoder.block.1.layer.0.w"), 0.25);
+        assert_eq!(stacks.of_tensor("decoder.block.1.layer.0.w"), 0.5);
         let slice = LayerPosition::of_slice(4..7);
         assert_eq!([4, 5, 6].map(|k| slice.of_tensor(&format!("h.{k}.w"))), [0.0, 0.5, 1.0]);
         assert_eq!(slice.of_tensor("wte.weight"), 0.0);

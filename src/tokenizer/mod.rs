@@ -179,7 +179,7 @@ pub fn vocabularies(
     };
     models.insert(base.path.to_owned(), base_vocabulary);
     let before = output.added.len();
-    let mut add = |entry: AddedToken| {
+    let add = |output: &mut Vocabulary, entry: AddedToken| {
         let token = entry.content.clone();
         if output.add(entry) { Ok(()) } else { Err(TokenizerError::Gaps { path: directory.clone(), token }) }
     };
@@ -192,21 +192,22 @@ pub fn vocabularies(
             for (id, token) in vocabulary.by_id() {
                 let seen = models[base.path].id(token).is_some();
                 if !seen && !added.contains(token) && (id as usize) < donor.rows {
-                    add(AddedToken::plain(0, token.to_owned()))?;
+                    add(&mut output, AddedToken::plain(0, token.to_owned()))?;
                 }
             }
         }
         for donor in directories {
             for token in &models[donor.path].added {
                 if (token.id as usize) < donor.rows {
-                    add(token.clone())?;
+                    add(&mut output, token.clone())?;
                 }
             }
         }
     }
     for (token, _) in &wanted.tokens {
-        if models[base.path].id(token).is_none() || wanted.source != TokenizerSource::Union {
-            add(AddedToken::plain(0, token.clone()))?;
+        // A token that is there stays what it is: as an added one, texts would be cut at it first.
+        if output.id(token).is_none() {
+            add(&mut output, AddedToken::plain(0, token.clone()))?;
         }
     }
     let count = output.added.len() - before;

@@ -276,3 +276,102 @@ fn a_threshold_over_the_whole_model_wants_the_same_models_everywhere() {
     );
     world.scratch.refuse(&config, &["`ties` over the whole model", "scope: tensor"]);
 }
+
+/// Only what belongs to no module is the reference's: layers that a module's slices leave out are gone.
+#[test]
+fn layers_that_a_modules_slices_leave_out_are_left_out() {
+    let world = World::new();
+    let config = "merge_method: passthrough\nmodules: {default: {slices: [{sources: [{model: a, layer_range: [0, 2]}]}]}}\n";
+    let merged = world.scratch.merge(config, "out", &[]);
+    assert_eq!(layers(&merged), 2);
+    assert_eq!(World::config(&merged)["num_hidden_layers"], 2);
+    assert_eq!(merged.values("lm_head.weight"), World::of(&world.a, "lm_head.weight"));
+
+    let mut random = Random::new(19);
+    let a = two_modules(&mut random);
+    world.scratch.model("t5", &a);
+    world.scratch.write("t5/config.json", r#"{"num_layers": 3, "num_decoder_layers": 3}"#);
+    let config = "merge_method: passthrough\nmodules: {encoder: {slices: [{sources: [{model: t5, layer_range: [1, 2]}]}]}}\n";
+    let merged = world.scratch.merge(config, "t5-out", &[]);
+    let q = |stack: &str, layer: usize| format!("{stack}.block.{layer}.layer.0.q.weight");
+    assert_eq!(merged.values(&q("encoder", 0)), World::of(&a, &q("encoder", 1)));
+    assert!(!merged.tensors.contains_key(&q("encoder", 1)), "{:?}", merged.tensors.keys());
+    assert_eq!(merged.values(&q("decoder", 2)), World::of(&a, &q("decoder", 2)));
+}
+
+/// As in mergekit: a filter of a model's parameters sees the model's names, one of all models' parameters the output's.
+#[test]
+fn filters_of_a_models_parameters_match_its_own_names() {
+    let world = World::new();
+    let config = |scale: &str| {
+        format!(
+            "merge_method: passthrough\nslices:\n- sources: [{{model: a, layer_range: [0, 2]}}]\n\
+             - sources: [{{model: b, layer_range: [1, 3], parameters: {{scale: [{{filter: {scale}, value: 0}}, {{value: 1}}]}}}}]\n"
+        )
+    };
+    let merged = world.scratch.merge(&config("layers.1."), "out", &[]);
+    let q = |layer: usize| format!("model.layers.{layer}.self_attn.q_proj.weight");
+    assert_eq!(merged.values(&q(1)), World::of(&world.a, &q(1)));
+    assert!(merged.values(&q(2)).iter().all(|v| *v == 0.0), "b's layer 1");
+    assert_eq!(merged.values(&q(3)), World::of(&world.b, &q(2)));
+    let merged = world.scratch.merge(&config("layers.3."), "none", &[]);
+    assert_eq!(merged.values(&q(3)), World::of(&world.b, &q(2)));
+    // The same of weights, with a method that takes task vectors.
+    let config = "merge_method: ties\nbase_model: a\nslices:\n- sources:\n  - {model: a, layer_range: [0, 2]}\n  \
+        - {model: b, layer_range: [2, 4], parameters: {weight: [{filter: layers.3., value: 1}, {value: 0}]}}\n\
+        parameters: {density: 1, normalize: no}\n";
+    let merged = world.scratch.merge(config, "ties", &[]);
+    assert_eq!(merged.values(&q(0)), World::of(&world.a, &q(0)));
+    for (got, want) in merged.values(&q(1)).iter().zip(World::of(&world.b, &q(3))) {
+        // a + (b - a) in f32, of values below 1.
+        assert!((got - want).abs() <= 2.0 / f64::from(1 << 24), "{got} {want}");
+    }
+}
+
+/// Encoder and decoder have layers of their own: a gradient ends at the last of each.
+#[test]
+fn gradients_run_over_each_stack() {
+    let mut random = Random::new(23);
+    let tensors = |random: &mut Random| -> Vec<Tensor> {
+        let layer = |(stack, layer)| format!("{stack}.block.{layer}.w");
+        let names = (0..5).map(|k| ("encoder", k)).chain((0..3).map(|k| ("decoder", k))).map(layer);
+        names.map(|name| Tensor::random(&name, "F32", &[2, 3], random)).collect()
+    };
+    let (a, b) = (tensors(&mut random), tensors(&mut random));
+    let scratch = Scratch::new();
+    for (name, tensors) in [("a", &a), ("b", &b)] {
+        scratch.model(name, tensors);
+        scratch.write(format!("{name}/config.json"), r#"{"num_layers": 5, "num_decoder_layers": 3}"#);
+    }
+    let config =
+        "merge_method: task_arithmetic\nbase_model: a\nmodels: [{model: b, parameters: {weight: [0, 1]}}]\n";
+    let merged = scratch.merge(config, "out", &[]);
+    for (name, weight) in [
+        ("encoder.block.1.w", 0.25),
+        ("encoder.block.4.w", 1.0),
+        ("decoder.block.0.w", 0.0),
+        ("decoder.block.1.w", 0.5),
+        ("decoder.block.2.w", 1.0),
+    ] {
+        for ((got, x), y) in merged.values(name).iter().zip(World::of(&a, name)).zip(World::of(&b, name)) {
+            // Three f32 operations on values below 2.
+            assert!((got - (x + weight * (y - x))).abs() <= 3.0 * 2.0 / f64::from(1 << 24), "{name}");
+        }
+    }
+}
+
+/// As in mergekit, a base that is none of the models is averaged with them, by the weight that is given for all.
+#[test]
+fn linear_counts_a_base_that_is_none_of_the_models() {
+    let scratch = Scratch::new();
+    for (name, value) in [("base", 8.0), ("a", 1.0), ("b", 3.0)] {
+        scratch.model(name, &[Tensor::f32("w", &[2, 3], &[value; 6])]);
+    }
+    let config = "merge_method: linear\nbase_model: base\nmodels: [{model: a}, {model: b}]\n";
+    let of = |more: &str, out: &str| scratch.merge(&format!("{config}{more}"), out, &[]).values("w")[0];
+    assert_eq!(of("parameters: {weight: 0.5}\n", "all"), 4.0);
+    // No weight for it: it gives names and dtypes only.
+    assert_eq!(of("", "none"), 2.0);
+    let listed = "merge_method: linear\nbase_model: base\nmodels: [{model: a}, {model: base}]\nparameters: {weight: 1}\n";
+    assert_eq!(scratch.merge(listed, "listed", &[]).values("w")[0], 4.5);
+}

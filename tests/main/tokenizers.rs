@@ -251,3 +251,15 @@ fn what_cannot_be_brought_together_is_refused() {
     scratch.write("m0/tokenizer.json", "{");
     refuse("tokenizer_source: union", &["m0/tokenizer.json", "malformed JSON"]);
 }
+
+/// A rule for a token that is there is about its row: as an added token, texts would be cut at it before anything else.
+#[test]
+fn a_rule_for_a_token_that_is_there_leaves_the_tokenizer_alone() {
+    let scratch = world();
+    let rules = "tokenizer: {source: base, tokens: {a: {source: m1, force: true}}}";
+    let merged = scratch.merge(&config([1, 0, 0], rules), "out", &[]);
+    check(&merged, &[row(1, 1), row(0, 1), row(0, 2)]);
+    let tokenizer = json_file(&merged, "tokenizer.json");
+    let added = tokenizer["added_tokens"].as_array().expect("a list");
+    assert!(added.iter().all(|token| token["content"] != "a"), "{added:?}");
+}

@@ -156,8 +156,8 @@ fn refusals() {
             "3: parameters.weight[0]: expected a finite number, got a list",
         ),
         (
-            linear("parameters: {normalize: yes}"),
-            "3: parameters.normalize: expected `true` or `false`, got `yes`",
+            linear("parameters: {normalize: maybe}"),
+            "3: parameters.normalize: expected `true` or `false`, got `maybe`",
         ),
         // Ranges.
         (linear("parameters: {weight: .nan}"), "3: parameters.weight: expected a finite number, got `.nan`"),

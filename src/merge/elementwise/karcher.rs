@@ -8,6 +8,9 @@ use super::gram::combine;
 use super::{Arguments, BaseUse, Definition, Elementwise, Gram, Known, Pass, Piece};
 use crate::config::{ParameterSpec, Range};
 
+/// Two unit vectors whose inner product is this near to -1 are opposite: f64 inner products say no more.
+const OPPOSITE: f64 = 1e-12;
+
 pub(super) static DEFINITION: Definition = Definition {
     name: "karcher",
     base: BaseUse::Model,
@@ -69,8 +72,8 @@ impl Karcher {
                 let unit = unit(*i);
                 let dot = gram.inner(&mean, &unit).clamp(-1.0, 1.0);
                 let theta = dot.acos();
-                // An exactly opposite model has no direction to pull in.
-                if theta < self.tolerance || theta.sin() == 0.0 {
+                // An opposite model has no direction to pull in: what is left of `u - dot * m` is rounding noise.
+                if theta < self.tolerance || 1.0 + dot <= OPPOSITE {
                     continue;
                 }
                 let pull = alpha * theta / theta.sin();

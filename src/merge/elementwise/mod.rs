@@ -41,6 +41,7 @@ mod tall_masks;
 mod ties;
 mod tsv_m;
 
+use std::borrow::Cow;
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -229,6 +230,8 @@ pub struct Arguments<'a> {
     pub(crate) t: f64,
     /// Place of each model in the config's `models`; `None` for a base that stands beside them.
     pub(crate) models: &'a [Option<usize>],
+    /// The tensor's name in each of them, which filters of their parameters match.
+    pub(crate) names: &'a [Cow<'a, str>],
     pub(crate) has_base: bool,
     /// Place of the base among `models`, where it is one of them.
     pub(crate) base_model: Option<usize>,
@@ -310,10 +313,10 @@ impl Arguments<'_> {
 
     /// A number for each model.
     pub fn numbers(&self, name: &str, default: f64) -> Vec<f64> {
-        self.models
-            .iter()
-            .map(|m| self.round.number(*m, name, self.tensor, self.t).unwrap_or(default))
-            .collect()
+        let of = |(m, own): (&Option<usize>, &Cow<'_, str>)| {
+            self.round.number(*m, name, own, self.t).unwrap_or(default)
+        };
+        self.models.iter().zip(self.names).map(of).collect()
     }
 
     /// A number for each model, which must be there.
@@ -321,13 +324,13 @@ impl Arguments<'_> {
     /// # Errors
     /// Its name and the model, where no filter matches the tensor.
     pub fn required_numbers(&self, name: &str) -> Result<Vec<f64>, String> {
-        let of = |m: &Option<usize>| {
-            self.round.number(*m, name, self.tensor, self.t).ok_or_else(|| {
+        let of = |(m, own): (&Option<usize>, &Cow<'_, str>)| {
+            self.round.number(*m, name, own, self.t).ok_or_else(|| {
                 let model = m.map_or_else(|| "the base".to_owned(), |k| format!("models[{k}]"));
                 format!("`{name}` of {model} has no value for this tensor (expected one, or a filter that matches)")
             })
         };
-        self.models.iter().map(of).collect()
+        self.models.iter().zip(self.names).map(of).collect()
     }
 
     /// True or false, for all models.

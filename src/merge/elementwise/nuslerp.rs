@@ -2,7 +2,7 @@
 //!
 //! t = w₂/(w₁+w₂), one half where the weights cancel. The angle is that of the whole tensors, or with `nuslerp_flatten:
 //! false` of each row along the last dimension, or with `nuslerp_row_wise` besides of each column along the first. Linear
-//! where sin θ ≤ 1e-8.
+//! where sin θ ≤ 1e-8 and where the two are opposite.
 
 use super::gram::combine;
 use super::{Arguments, BaseUse, Definition, Elementwise, Gram, Known, Pass, Piece};
@@ -10,6 +10,10 @@ use crate::config::{ParameterSpec, Range};
 use crate::kernel::{Threading, vector};
 
 const LEAST_NORM: f64 = 1e-7;
+/// sin² θ of vectors that are parallel.
+const PARALLEL: f64 = 1e-16;
+/// 1 + cos θ of vectors that are opposite: what is left of their arc is rounding noise.
+const OPPOSITE: f64 = 1e-12;
 
 pub(super) static DEFINITION: Definition = Definition {
     name: "nuslerp",
@@ -58,7 +62,7 @@ impl NuSlerp {
     fn coefficients(&self, aa: f64, bb: f64, ab: f64) -> [f64; 2] {
         let norm = |square: f64| square.max(0.0).sqrt().max(LEAST_NORM);
         let cosine = (ab / (norm(aa) * norm(bb))).clamp(-1.0, 1.0);
-        if 1.0 - cosine * cosine <= 1e-16 {
+        if 1.0 - cosine * cosine <= PARALLEL || 1.0 + cosine <= OPPOSITE {
             return [1.0 - self.t, self.t];
         }
         let theta = cosine.acos();

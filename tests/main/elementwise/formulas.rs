@@ -473,3 +473,37 @@ fn f64_models_are_merged_in_f64_or_it_is_told() {
     let plan = scratch.plan(&World::config(ties, &["", ""]), &[]);
     assert!(plan["warnings"].to_string().contains("stored as F64"), "{plan}");
 }
+
+/// Of opposite tensors no arc is the shortest, and what f64 leaves of one is noise: the first stays.
+#[test]
+fn opposite_tensors_give_values_of_their_size() {
+    let scratch = crate::util::Scratch::new();
+    for (name, factor) in [("a", 1.7), ("b", -0.33)] {
+        let tensors = [
+            crate::util::Tensor::f32("one", &[1], &[factor]),
+            crate::util::Tensor::f32("three", &[3], &[factor, 2.0 * factor, 3.0 * factor]),
+        ];
+        scratch.model(name, &tensors);
+    }
+    for models in ["[{model: a}, {model: b}]", "[{model: b}, {model: a}]"] {
+        let merged = scratch.merge(&format!("merge_method: karcher\nmodels: {models}\n"), "karcher", &[]);
+        // Their mean length, in either direction.
+        assert!((merged.values("one")[0].abs() - 1.015).abs() < 1e-6, "{models}: {:?}", merged.values("one"));
+        assert!(
+            (merged.values("three")[0].abs() - 1.015).abs() < 1e-6,
+            "{models}: {:?}",
+            merged.values("three")
+        );
+        std::fs::remove_dir_all(&merged.directory).expect("ours");
+        let config = format!("merge_method: nuslerp\nmodels: {models}\nparameters: {{weight: 0.5}}\n");
+        let merged = scratch.merge(&config, "nuslerp", &[]);
+        for name in ["one", "three"] {
+            assert!(
+                merged.values(name).iter().all(|v| v.abs() <= 5.1),
+                "{models}: {:?}",
+                merged.values(name)
+            );
+        }
+        std::fs::remove_dir_all(&merged.directory).expect("ours");
+    }
+}
