@@ -509,7 +509,7 @@ pub(super) fn iterate(
         let flops = spent + 3.0 * operator.flops();
         let start = Start { objective_initial, rhs_norm, scale, shift: repairs.shift, flops };
         let preconditioner = conditioned.preconditioner();
-        let (outcome, p) = match &conditioned {
+        let (mut outcome, p) = match &conditioned {
             Conditioned::Applied(_) => {
                 run(context, iteration, operator, preconditioner, &start, &mut r, d, &mut workspace)?
             }
@@ -524,6 +524,11 @@ pub(super) fn iterate(
                 (outcome, p)
             }
         };
+        if f32::first_nonfinite(d).is_some() {
+            // A basis beyond f32's range makes NaN of anything: the start is the last good iterate.
+            d.fill(0.0);
+            outcome.stop = StopReason::NotFinite;
+        }
         seconds += outcome.detail.solve_seconds.unwrap_or_default();
         // The paper's plain CG stops where it stops.
         let plain = preconditioner.is_identity();

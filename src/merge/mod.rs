@@ -89,6 +89,14 @@ pub enum MergeError {
         /// NaN or an infinity.
         value: f64,
     },
+    /// The system gives the process no more threads.
+    #[error(
+        "cannot start the threads (expected room for a few more than `--threads`; try fewer, or raise the limit)"
+    )]
+    Threads {
+        /// Why.
+        source: std::io::Error,
+    },
     /// All weights of a parameter are 0.
     #[error(
         "tensor `{}`: the weights of all models are 0, or sum to 0 where the sum divides (got {weights:?}, expected \
@@ -124,7 +132,7 @@ pub enum MergeError {
     },
     /// A solver that does not fit the system.
     #[error(
-        "tensor `{}`: solver.method `direct` solves K-FAC systems of at most two models (got {models}); try `cg`",
+        "tensor `{}`: solver.method `direct` solves K-FAC systems of at most two models (got {models}); try `pcg`",
         escaped(tensor)
     )]
     NotDirect {

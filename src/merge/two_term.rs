@@ -245,9 +245,11 @@ fn pencil(
     let mut first = Buffer::<f64>::zeroed(side * side);
     let mut sum = Buffer::<f64>::zeroed(side * side);
     for (k, (weight, handle, lift)) in factors.iter().enumerate() {
-        let factor: Factor<f64> = handle.load(false, threading)?.lifted(*lift);
+        let factor: Factor<f64> = handle.load(false, threading)?;
         let mut scratch = Buffer::<f64>::zeroed(factor.add_scratch());
         factor.add_to(&mut sum, *weight, &mut scratch, threading)?;
+        // Here, where a low-rank factor is dense: in its product it could not have it.
+        sum.iter_mut().step_by(side + 1).for_each(|diagonal| *diagonal += weight * lift);
         if k == 0 {
             first.copy_from_slice(&sum);
         }

@@ -10,6 +10,8 @@
 //! what is not 2-D get the mean of the task vectors, times λ. Singular vectors of equal singular values are any basis of
 //! their space, here as in the paper.
 
+use faer::MatRef;
+
 use super::combine::{DENSITY, LAMBDA, NORMALIZE};
 use super::whole::{NULL, OnWeights, ReadTask, WholeError, WholeTensor, gram_values};
 use super::{Arguments, BaseUse, Definition, Elementwise};
@@ -144,15 +146,11 @@ fn align(
         row.copy_from_slice(&eigen.vectors[from * side..(from + 1) * side]);
     }
     if !high {
-        for t in 0..models {
-            let task = &mut tasks[t * m * n..(t + 1) * m * n];
-            let product = &mut scratch[..kept * n];
-            gemm(mat_mut(product, kept, n), false, mat(&basis, kept, m), mat(task, m, n), 1.0, threading);
-            task[..kept * n].copy_from_slice(product);
-        }
+        coordinates(tasks, mat(&basis, kept, m), n, scratch, threading);
         return Ok((basis, kept));
     }
-    // The rows are right vectors here: U = Σₜ τₜ·Vₜ / σ, Cₜ = σ·Vₜᵀ.
+    // The rows are right vectors here: U = Σₜ τₜ·Vₜ / σ. Cₜ is σ·Vₜᵀ, but for rounding noise where a task has a column of
+    // zeros, and noise has a sign that votes: so Cₜ = Uᵀτₜ.
     let sigma: Vec<f64> = directions.map(|from| eigen.values[from].sqrt()).collect();
     drop(eigen);
     let mut left = Buffer::<f64>::zeroed(kept * m);
@@ -164,15 +162,24 @@ fn align(
     for (row, sigma) in left.chunks_exact_mut(m).zip(&sigma) {
         row.iter_mut().for_each(|v| *v /= sigma);
     }
-    for t in 0..models {
-        let rows = tasks[t * m * n..].chunks_exact_mut(n).zip(basis.chunks_exact(side)).zip(&sigma);
-        for ((to, row), sigma) in rows {
-            for (to, v) in to.iter_mut().zip(&row[t * n..]) {
-                *to = v * sigma;
-            }
-        }
-    }
+    coordinates(tasks, mat(&left, kept, m), n, scratch, threading);
     Ok((left, kept))
+}
+
+/// Replaces every task `[m, n]` by its coordinates `[count, n]` in a basis `[count, m]`, `count ≤ m`.
+fn coordinates(
+    tasks: &mut [f64],
+    basis: MatRef<'_, f64>,
+    n: usize,
+    scratch: &mut [f64],
+    threading: Threading,
+) {
+    let (count, m) = (basis.nrows(), basis.ncols());
+    let product = &mut scratch[..count * n];
+    for task in tasks.chunks_exact_mut((m * n).max(1)) {
+        gemm(mat_mut(product, count, n), false, basis, mat(task, m, n), 1.0, threading);
+        task[..count * n].copy_from_slice(product);
+    }
 }
 
 impl WholeTensor for Knots {

@@ -379,3 +379,27 @@ fn threads_and_memory_do_not_matter() {
         assert_eq!(three.report["bytes_read"], plan["bytes_read"], "{method}");
     }
 }
+
+/// Tasks that change columns of their own agree everywhere, so nothing is lost, also where the rows are many.
+#[test]
+fn knots_of_tasks_on_their_own_columns_is_their_sum() {
+    for (rows, columns) in [(8, 6), (13, 6), (64, 8)] {
+        let mut random = Random::new(31);
+        let scratch = Scratch::new();
+        let base = Matrix::random(rows, columns, &mut random).stored();
+        let mut sum = base.data.clone();
+        scratch.model("base", &[Tensor::f32("w.weight", &[rows, columns], &base.data)]);
+        for k in 0..2 {
+            let mut model = base.data.clone();
+            for (at, v) in model.iter_mut().enumerate().filter(|(at, _)| at % columns % 2 == k) {
+                *v = f64::from((*v + random.uniform() - 0.5) as f32);
+                sum[at] = *v;
+            }
+            scratch.model(&format!("m{k}"), &[Tensor::f32("w.weight", &[rows, columns], &model)]);
+        }
+        let config = "merge_method: knots\nbase_model: base\nmodels: [{model: m0}, {model: m1}]\n";
+        let merged = scratch.merge(config, "out", &[]);
+        // Rounded to f32 once; f64 before.
+        assert_near(&merged.values("w.weight"), &sum, 1e-6, &format!("{rows} x {columns}"));
+    }
+}

@@ -621,3 +621,39 @@ fn kfac_with_one_of_its_two_statistics_is_unmatched() {
     let merged = world.merge("merge_method: mats", "auto");
     assert_eq!(merged.parameter(WEIGHTS[0].0)["subspace"], "gram");
 }
+
+/// Low-rank factors, whose halves of the ridge make them dense: once the ridge was left out of their preconditioner, and the
+/// merge was neither solved nor refused.
+#[test]
+fn two_model_kfac_direct_is_exact_on_low_rank_factors() {
+    const SHAPE: (usize, usize) = (6, 9);
+    let mut random = Random::new(14);
+    let scratch = Scratch::new();
+    let mut terms = Vec::new();
+    for name in ["a", "b"] {
+        let theta = Matrix::random(SHAPE.0, SHAPE.1, &mut random).stored();
+        scratch.model(name, &[Tensor::f32("w", &[SHAPE.0, SHAPE.1], &theta.data)]);
+        let input = Matrix::random(4, SHAPE.1, &mut random).stored();
+        let output = Matrix::random(3, SHAPE.0, &mut random).stored();
+        Statistics::new()
+            .factor("w/input_factor", SHAPE.1, &input.data)
+            .factor("w/output_factor", SHAPE.0, &output.data)
+            .write(&scratch, &format!("{name}.safetensors"));
+        let gram = |f: &Matrix| f.transpose().times(f);
+        terms.push(Term { weight: 1.0, theta, input: gram(&input), output: gram(&output) });
+    }
+    let mean = terms[0].theta.plus(1.0, &terms[1].theta).scaled(0.5);
+    for ridge in [1e-2, 0.1, 1.0] {
+        let text = format!(
+            "merge_method: mats\nsolver: {{ ridge: {ridge} }}\n{}",
+            models(&[("a", Some("a.safetensors")), ("b", Some("b.safetensors"))])
+        );
+        let merged = scratch.merge(&text, &format!("ridge{ridge}"), &["--require-convergence"]);
+        assert_near(
+            &merged.values("w"),
+            &kfac_solution(&terms, &mean, ridge),
+            DIRECT,
+            &format!("ridge {ridge}"),
+        );
+    }
+}
