@@ -224,14 +224,17 @@ fn whole_tensor(context: &BlockContext<'_>, start: &MethodStart) -> Result<Buffe
         let terms = vec![(start.models[model], 1.0), (base, -1.0)];
         fill(context, &Start::Mean { terms, divisor: 1.0 }, first, out, |v| v)
     };
-    whole.merge_whole(context.shape, start.models.len(), &mut read, context.threading, &mut merged).map_err(
-        |error| match error {
-            elementwise::WholeError::Read(error) => error,
-            elementwise::WholeError::Eigen(source) => {
-                MergeError::Eigen { tensor: context.tensor.to_owned(), source }
-            }
-        },
-    )?;
+    let done =
+        whole.merge_whole(context.shape, start.models.len(), &mut read, context.threading, &mut merged);
+    match done {
+        Ok(()) => {}
+        Err(elementwise::WholeError::Read(error)) => return Err(error),
+        // Only values that are not finite have no singular vectors: what they are let through to is all of the tensor.
+        Err(elementwise::WholeError::Eigen(_)) if !context.inputs.refuse_nonfinite => merged.fill(f64::NAN),
+        Err(elementwise::WholeError::Eigen(source)) => {
+            return Err(MergeError::Eigen { tensor: context.tensor.to_owned(), source });
+        }
+    }
     let add_base = |(k, values): (usize, &mut [f64])| -> Result<(), MergeError> {
         let mut origin = [0.0f64; PIECE];
         let origin = &mut origin[..values.len()];

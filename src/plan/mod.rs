@@ -277,6 +277,7 @@ impl MergePlan {
             warnings.push(format!("tensor `{}` is left out: {reason}", crate::read::escaped(name)));
         }
         warnings.extend(narrowed(&blocks));
+        warnings.extend(unused_statistics(inputs, &blocks));
         let least_memory_bytes = overhead_bytes + worst_bytes;
         if least_memory_bytes > limits.max_memory {
             return Err(PlanError::Memory {
@@ -410,6 +411,16 @@ fn narrowed(blocks: &[BlockPlan]) -> Option<String> {
             more => format!(" and {more} more"),
         }
     ))
+}
+
+/// Statistics that no parameter is merged by: most likely another model's.
+fn unused_statistics(inputs: &Inputs, blocks: &[BlockPlan]) -> Option<String> {
+    let solved = |block: &BlockPlan| matches!(&block.action, Action::Merge { recipe, .. } if !recipe.solves.is_empty());
+    let reason = blocks.iter().find_map(|block| block.unmatched.as_ref())?;
+    let given = inputs.models.iter().any(|model| model.statistics.is_some());
+    (given && !blocks.iter().any(solved)).then(|| {
+        format!("the statistics fit no parameter, which are all merged without (the first: {reason}): are they this model's?")
+    })
 }
 
 /// Lines the checkpoints up, and enters dissolved ties in `inputs`.

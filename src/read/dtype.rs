@@ -371,6 +371,26 @@ pub fn first_nonfinite_f64(values: &[f64]) -> Option<usize> {
     first_in_chunks(values, |v| v.to_bits() & EXPONENT == EXPONENT)
 }
 
+/// Index of the first NaN or infinity among encoded values; `None` for dtypes that are no floats. Reads at memory speed
+/// while there is none.
+pub fn first_nonfinite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
+    fn search<const SIZE: usize>(bytes: &[u8], exponent: u64) -> Option<usize> {
+        let (elements, _) = bytes.as_chunks::<SIZE>();
+        first_in_chunks(elements, |element| {
+            let mut wide = [0; 8];
+            wide[..SIZE].copy_from_slice(&element);
+            u64::from_le_bytes(wide) & exponent == exponent
+        })
+    }
+    match dtype {
+        Dtype::F64 => search::<8>(bytes, 0x7ff0_0000_0000_0000),
+        Dtype::F32 => search::<4>(bytes, 0x7f80_0000),
+        Dtype::Bf16 => search::<2>(bytes, 0x7f80),
+        Dtype::F16 => search::<2>(bytes, 0x7c00),
+        _ => None,
+    }
+}
+
 /// A search that leaves the loop only once a chunk, so that the loop over a chunk has no branches.
 #[inline(always)]
 fn first_in_chunks<T: Copy>(values: &[T], found: impl Fn(T) -> bool) -> Option<usize> {

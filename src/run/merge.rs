@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
+use serde_json::value::{RawValue, to_raw_value};
+
 use super::inputs::{input_paths, open_inputs};
 use super::record;
 use super::resources::{available_memory, limits, metadata_bytes};
@@ -18,7 +20,7 @@ use crate::error::Error;
 use crate::merge::{Inputs, MergeError};
 use crate::plan::{Limits, MergePlan};
 use crate::read::IoMode;
-use crate::report::{Progress, ProgressMode, RunReport, Sampling};
+use crate::report::{Progress, ProgressMode, RunReport, Sampling, peak_anonymous_bytes};
 use crate::stream::{self, BlockReport};
 use crate::write::{CheckpointWriter, OutputDir, Share, SideFile};
 
@@ -337,6 +339,7 @@ pub(super) fn carry_out(
     for warning in &report.warnings[plan.warnings.len()..] {
         tracing::warn!("{warning}");
     }
+    report.peak_anonymous_bytes = peak_anonymous_bytes();
     let last = SideFile::new(crate::report::REPORT_FILE, report.to_json());
     writer.finish(side, last)?;
     Ok(MergeSummary { name: None, report, unconverged, already: false })
@@ -369,14 +372,19 @@ pub(super) fn stream_and_commit(
             flops: record::flops(planned, block),
             unconverged: is_unconverged(block),
             differs_in: block.differs_in.clone(),
+            nonfinite: block.nonfinite,
         };
-        writers[plan].record(block.block, serde_json::to_value(done).expect("string keys and plain values"));
+        writers[plan].record(block.block, to_raw_value(&done).expect("string keys and plain values"));
         for tensor in planned.side_tensors() {
-            writers[plan].record(tensor, serde_json::Value::Null);
+            writers[plan].record(tensor, RawValue::NULL.to_owned());
         }
     };
     let (streamed, committed) = std::thread::scope(|threads| {
-        let commits = threads.spawn(|| committer.run(cancel));
+        let commits = std::thread::Builder::new().name("commits".to_owned());
+        let commits = match commits.spawn_scoped(threads, || committer.run(cancel)) {
+            Ok(commits) => commits,
+            Err(source) => return (Err(MergeError::Threads { source }), Ok(())),
+        };
         let end = committer.stop_at_end();
         let streamed = stream::run(plans, inputs, writers, progress, cancel, drops_cache(inputs), &finished);
         drop(end);

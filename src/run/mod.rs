@@ -33,6 +33,7 @@ use crate::read::IoMode;
 /// # Errors
 /// Whatever ends the command; [`Error::exit_code`] says how.
 pub fn run(cli: Cli) -> Result<ExitCode, Error> {
+    resources::give_freed_memory_back();
     match cli.command {
         Command::Merge(args) if args.dry_run => {
             plan(&PlanArgs { config: args.config, resources: args.resources, json: false })

@@ -149,13 +149,19 @@ pub(super) fn report(
             .collect(),
         ..RunReport::default()
     };
+    let mut not_finite = Vec::new();
     for block in blocks {
         let planned = &plan.blocks[block.block];
+        if block.nonfinite {
+            not_finite.push(planned.name.clone());
+        }
         report.parameters.insert(planned.name.clone(), parameter(planned, block));
         if let Some(model) = &block.differs_in {
             report.warnings.push(differs(&planned.name, model));
         }
     }
+    not_finite.sort_unstable();
+    report.warnings.extend(nonfinite(&not_finite));
     report
 }
 
@@ -228,6 +234,23 @@ fn round(solve: &crate::merge::Solve, outcome: &SolveOutcome) -> RoundReport {
 pub(super) fn differs(tensor: &str, model: &str) -> String {
     let name = crate::read::escaped(tensor);
     format!("tensor `{name}` has other values in {model}; the reference's were copied")
+}
+
+/// What is told of results that are not finite.
+pub(super) fn nonfinite(tensors: &[String]) -> Option<String> {
+    let shown: Vec<String> =
+        tensors.iter().take(3).map(|name| format!("`{}`", crate::read::escaped(name))).collect();
+    let more = match tensors.len() - shown.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    (!tensors.is_empty()).then(|| {
+        format!(
+            "tensor {}{more}: NaN or infinities in the result: beyond the range of the output's dtype (try a wider \
+             `out_dtype`, smaller weights), or in a model",
+            shown.join(", ")
+        )
+    })
 }
 
 /// Hash of what the config means, not of how it is written.

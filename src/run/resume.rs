@@ -36,6 +36,9 @@ pub(super) struct Done {
     pub unconverged: bool,
     /// As in [`crate::stream::BlockReport`].
     pub differs_in: Option<String>,
+    /// As there.
+    #[serde(default)]
+    pub nonfinite: bool,
 }
 
 /// Everything that decides the bytes of the output.
@@ -129,7 +132,17 @@ pub(super) fn check_finished(
     config_hash: &str,
     key: Option<&RunKey>,
 ) -> Result<(), Error> {
-    same_run(out, (&report.config_hash, report.run_hash.as_deref()), config_hash, key)
+    same_run(out, (&report.config_hash, report.run_hash.as_deref()), config_hash, key)?;
+    let there =
+        |name: &str, bytes: u64| std::fs::metadata(out.join(name)).is_ok_and(|found| found.len() == bytes);
+    match report.outputs.iter().find(|file| !there(&file.name, file.bytes)) {
+        None => Ok(()),
+        Some(file) => {
+            let name = crate::read::escaped(&file.name);
+            let what = format!("no `{name}` of {} bytes any more (and was complete)", file.bytes);
+            Err(WriteError::OtherRun { path: out.to_owned(), what }.into())
+        }
+    }
 }
 
 fn same_run(
@@ -234,7 +247,7 @@ pub(super) fn open(
 }
 
 fn done(record: &Record) -> Option<Done> {
-    Done::deserialize(&record.done).ok()
+    serde_json::from_str(record.done.get()).ok()
 }
 
 impl Before {
@@ -268,6 +281,9 @@ impl Before {
     ) -> Result<(), Error> {
         report.run_hash = Some(run_hash(key));
         let resumed = self.len();
+        let not_finite = self.tensors.iter().filter(|(_, done)| done.nonfinite);
+        let not_finite: Vec<String> = not_finite.map(|(k, _)| plan.blocks[*k].name.clone()).collect();
+        report.warnings.extend(record::nonfinite(&not_finite));
         for (k, done) in self.tensors {
             report.bytes_read += done.parameter.bytes_read;
             report.flops += done.flops;

@@ -14,13 +14,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
-use crate::kernel::{OutOfMemory, Threading};
+use crate::kernel::{OutOfMemory, Real, Threading};
 use crate::merge::block::{Shared, Strategy, Values, merge_block};
 use crate::merge::elementwise::{Known, ModelPasses, Piece};
 use crate::merge::sweep::{Variant, VariantRun, merge_variants};
 use crate::merge::{BlockContext, Inputs, MergeError, SolveOutcome, Tally};
 use crate::plan::{Action, BlockPlan, MergePlan, Unit, budget};
-use crate::read::Dtype;
+use crate::read::{Dtype, first_nonfinite};
 use crate::report::Progress;
 use crate::solve::IterationRecord;
 use crate::write::CheckpointWriter;
@@ -46,6 +46,8 @@ pub struct BlockReport {
     pub bytes_read: u64,
     /// An integer tensor that other models have with other values.
     pub differs_in: Option<String>,
+    /// Values of the result are NaN or infinite.
+    pub nonfinite: bool,
 }
 
 /// Runs every unit of a plan, or of the plans of a sweep's variants together, block by block: each block's inputs are read
@@ -72,10 +74,7 @@ pub fn run(
         .num_threads(plan.limits.threads)
         .thread_name(|k| format!("solver-{k}"))
         .build()
-        .map_err(|error| MergeError::Unsupported {
-            what: format!("--threads {}: {error}", plan.limits.threads),
-            hint: "try fewer",
-        })?;
+        .map_err(|error| MergeError::Threads { source: std::io::Error::other(error) })?;
     let available = plan.limits.max_memory.saturating_sub(plan.overhead_bytes);
     let window = (plan.limits.max_memory / 4).clamp(LEAST_WINDOW, MOST_WINDOW);
     let (sink, drain) = sink::channel(writers, budget::out_buffers(plan.limits.threads));
@@ -88,14 +87,21 @@ pub fn run(
         Engine { plans, inputs, writers, progress, cancel, position: &position, drop_cache, finished, known };
 
     let (reports, written) = std::thread::scope(|threads| {
-        let drained = threads.spawn(|| {
+        let spawned = std::thread::Builder::new().name("writer".to_owned()).spawn_scoped(threads, || {
             let result = drain.run(writers);
             if result.is_err() {
                 cancel.store(true, Ordering::Relaxed);
             }
             result
         });
-        threads.spawn(|| prefetch::run(plan, inputs, &position, window, |k| engine.resumed(k)));
+        let drained = match spawned {
+            Ok(drained) => drained,
+            Err(source) => return (Err(MergeError::Threads { source }), Ok(())),
+        };
+        // Only faster with it.
+        let _ = std::thread::Builder::new()
+            .name("readahead".to_owned())
+            .spawn_scoped(threads, || prefetch::run(plan, inputs, &position, window, |k| engine.resumed(k)));
         let reports: Mutex<Vec<Vec<BlockReport>>> = Mutex::new(Vec::with_capacity(plan.blocks.len()));
         let failed: Mutex<Option<MergeError>> = Mutex::new(None);
         let work = |unit: &Unit, threading: Threading| match engine.unit_or_error(unit, threading, &sink) {
@@ -364,6 +370,7 @@ impl Engine<'_> {
                     seconds: if first { seconds } else { 0.0 },
                     bytes_read: if first { bytes_read } else { 0 },
                     differs_in: differs_in.clone(),
+                    nonfinite: sink.nonfinite(*output, index),
                 });
             }
         }
@@ -410,6 +417,14 @@ impl Engine<'_> {
             let range = first..(first + COPY_BYTES).min(meta.bytes);
             let bytes = inputs.checkpoints[source].read_stored(meta, range.clone(), &mut scratch)?;
             tally.add(range.end - range.start);
+            if inputs.refuse_nonfinite
+                && let Some(k) = first_nonfinite(meta.dtype, bytes)
+                && let Some(width) = meta.dtype.float_bytes()
+            {
+                let mut value = [0.0f64];
+                f64::decode(meta.dtype, &bytes[k * width..(k + 1) * width], &mut value);
+                inputs.check_finite(source, meta, first as usize / width + k, &value)?;
+            }
             sink.write_bytes(outputs, index, first, bytes)?;
             for other in &others {
                 let Some(theirs) = find(*other) else { continue };

@@ -1,6 +1,7 @@
 //! From computed values to bytes in the output: encoding, and the bounded queue to the writer.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 
@@ -8,7 +9,7 @@ use crate::kernel::Real;
 use crate::merge::MergeError;
 use crate::merge::block::Values;
 use crate::plan::budget::OUT_BUFFER_BYTES;
-use crate::read::Dtype;
+use crate::read::{Dtype, first_nonfinite};
 use crate::write::CheckpointWriter;
 
 /// Elements encoded at a time: 512 KiB of f64.
@@ -28,6 +29,8 @@ pub(super) struct Sink<'w> {
     writers: &'w [CheckpointWriter],
     jobs: Sender<Job>,
     free: Receiver<Vec<u8>>,
+    /// Output and tensor of what has been encoded to NaN or an infinity.
+    nonfinite: Mutex<BTreeSet<(usize, usize)>>,
 }
 
 /// The writer thread's end.
@@ -43,7 +46,8 @@ pub(super) fn channel(writers: &[CheckpointWriter], buffers: usize) -> (Sink<'_>
     for _ in 0..buffers {
         free_in.send(Vec::new()).expect("both ends are in hand");
     }
-    (Sink { writers, jobs: jobs_in, free: free_out }, Drain { jobs: jobs_out, free: free_in })
+    let nonfinite = Mutex::default();
+    (Sink { writers, jobs: jobs_in, free: free_out, nonfinite }, Drain { jobs: jobs_out, free: free_in })
 }
 
 impl Sink<'_> {
@@ -75,6 +79,7 @@ impl Sink<'_> {
             let mut bytes = self.free.recv().map_err(|_| MergeError::Cancelled)?;
             bytes.resize(values.len() * width, 0);
             T::encode(dtype, values, &mut bytes);
+            self.look(outputs, tensor, dtype, &bytes);
             let offset = ((first + k * PIECE) * width) as u64;
             let job = Job { outputs: Arc::clone(outputs), tensor, offset, bytes };
             self.jobs.send(job).map_err(|_| MergeError::Cancelled)?;
@@ -111,9 +116,23 @@ impl Sink<'_> {
         for (k, values) in values.chunks(PIECE).enumerate() {
             buffer.resize(values.len() * width, 0);
             T::encode(dtype, values, buffer);
+            self.look(outputs, tensor, dtype, buffer);
             self.write_bytes(outputs, tensor, ((first + k * PIECE) * width) as u64, buffer)?;
         }
         Ok(())
+    }
+
+    /// Takes note of encoded values that are not finite: while they are in this core's cache.
+    fn look(&self, outputs: &[usize], tensor: usize, dtype: Dtype, bytes: &[u8]) {
+        if first_nonfinite(dtype, bytes).is_some() {
+            let mut found = self.nonfinite.lock().unwrap_or_else(PoisonError::into_inner);
+            found.extend(outputs.iter().map(|output| (*output, tensor)));
+        }
+    }
+
+    /// Whether an output has had NaN or infinities for a tensor.
+    pub fn nonfinite(&self, output: usize, tensor: usize) -> bool {
+        self.nonfinite.lock().unwrap_or_else(PoisonError::into_inner).contains(&(output, tensor))
     }
 
     /// Bytes as they are.

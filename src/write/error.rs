@@ -220,6 +220,18 @@ pub enum WriteError {
         path: PathBuf,
     },
 
+    /// A side file of the base model cannot be looked at or opened.
+    #[error(
+        "{}: cannot be copied beside the weights (expected a file that can be read, or none)",
+        EscapedPath(path)
+    )]
+    SideFileUnreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+
     /// A side file of the base model is too long to be one.
     #[error("{}: {} is too long for a file to copy beside the weights (at most {})",
         EscapedPath(path), Bytes(*bytes), Bytes(*limit))]
@@ -297,6 +309,7 @@ impl WriteError {
             | Self::OverInput { .. }
             | Self::Unusable { .. }
             | Self::SideFileTooLarge { .. }
+            | Self::SideFileUnreadable { .. }
             | Self::BadSideName { .. } => ExitClass::BadInput,
             Self::NoSpace { .. } | Self::NoFiles { .. } => ExitClass::NoSpace,
             Self::Locked { .. } => ExitClass::Locked,

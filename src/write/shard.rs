@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{Advice, FallocateFlags, OFlags};
 use rustix::io::Errno;
+use serde_json::value::RawValue;
 
 use super::checksum::{Checksum, Hashed, partial_bytes_of};
 use super::coverage::Coverage;
@@ -103,7 +104,7 @@ pub struct CheckpointWriter {
     resumed: Vec<bool>,
     journal: Mutex<Option<Journal>>,
     /// What the journal is to say as soon as the tensors are on disk.
-    pending: Mutex<Vec<(usize, serde_json::Value)>>,
+    pending: Mutex<Vec<(usize, Box<RawValue>)>>,
     /// Leave what another run can continue.
     keep: AtomicBool,
     /// Every shard has its blocks on the disk.
@@ -380,7 +381,7 @@ impl CheckpointWriter {
 
     /// Takes note that `tensor` is done, with what a run that continues wants to know of it. It enters the journal with the
     /// next [`CheckpointWriter::commit`] that finds all its bytes written. One that an earlier run has written is there.
-    pub fn record(&self, tensor: usize, done: serde_json::Value) {
+    pub fn record(&self, tensor: usize, done: Box<RawValue>) {
         if self.resumed(tensor) {
             return;
         }
@@ -396,7 +397,7 @@ impl CheckpointWriter {
     pub fn commit(&self) -> Result<usize, WriteError> {
         let mut journal = lock(&self.journal);
         let Some(journal) = journal.as_mut() else { return Ok(0) };
-        let ready: Vec<(usize, serde_json::Value)> = {
+        let ready: Vec<(usize, Box<RawValue>)> = {
             let coverage = lock(&self.coverage);
             lock(&self.pending).extract_if(.., |(tensor, _)| coverage.complete[*tensor]).collect()
         };

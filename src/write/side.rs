@@ -82,7 +82,7 @@ impl SideFile {
 /// out, and so is what is not a regular file.
 ///
 /// # Errors
-/// [`WriteError::SideFileTooLarge`]; [`WriteError::Io`] for a file that cannot be looked at.
+/// [`WriteError::SideFileTooLarge`]; [`WriteError::SideFileUnreadable`].
 pub fn copy_side_files(base: &Path) -> Result<Vec<SideFile>, WriteError> {
     let mut files = Vec::new();
     for name in COPIED.iter().chain(&TOKENIZER_FILES).copied() {
@@ -97,12 +97,16 @@ pub fn copy_side_files(base: &Path) -> Result<Vec<SideFile>, WriteError> {
                 continue;
             }
             Err(source) => {
-                return Err(WriteError::Io { path: from, doing: "look at a file to copy", source });
+                return Err(WriteError::SideFileUnreadable { path: from, source });
             }
         };
         if !metadata.is_file() {
             tracing::warn!(file = %from.display(), "left out: not a regular file");
             continue;
+        }
+        // Now, not when everything has been merged.
+        if let Err(source) = open_to_copy(&from) {
+            return Err(WriteError::SideFileUnreadable { path: from, source });
         }
         let bytes = metadata.len();
         if bytes > MAX_COPY_BYTES {
@@ -226,6 +230,11 @@ pub(super) fn stage(directory: &Path, side: &SideFile) -> Result<PathBuf, WriteE
     }
 }
 
+/// Not blocking: a FIFO put there since the listing would otherwise wait for ever.
+fn open_to_copy(from: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::NONBLOCK.bits() as i32).open(from)
+}
+
 fn fill(path: &Path, mut file: &File, side: &SideFile) -> Result<(), WriteError> {
     let refuse = |source| WriteError::writing(path, "write", side.bytes(), source);
     let (from, expected) = match &side.content {
@@ -235,12 +244,7 @@ fn fill(path: &Path, mut file: &File, side: &SideFile) -> Result<(), WriteError>
         SideContent::Copy { from, bytes } => (from, *bytes),
     };
     let unreadable = |doing| move |source| WriteError::Io { path: from.clone(), doing, source };
-    // Not blocking: a FIFO put there since the listing would otherwise wait for ever.
-    let source = OpenOptions::new()
-        .read(true)
-        .custom_flags(rustix::fs::OFlags::NONBLOCK.bits() as i32)
-        .open(from)
-        .map_err(unreadable("open a file to copy"))?;
+    let source = open_to_copy(from).map_err(unreadable("open a file to copy"))?;
     // One byte more than expected is enough to notice that it grew.
     let mut source = source.take(expected.saturating_add(1));
     let mut buffer = vec![0; 256 << 10];

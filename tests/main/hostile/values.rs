@@ -251,3 +251,66 @@ fn b26_the_same_model_twice_is_that_model() {
         assert_eq!(merged.tensor("w"), &stored[0], "{dtype}");
     }
 }
+
+fn warnings(merged: &crate::util::Merged) -> String {
+    merged.report["warnings"].to_string()
+}
+
+#[test]
+fn results_beyond_the_outputs_range_are_told() {
+    let scratch = Scratch::new();
+    scratch.model("a", &[Tensor::f32("w", &[2, 3], &[7e4; 6]), Tensor::f32("v", &[3], &[1.0; 3])]);
+    let config = "merge_method: linear\nmodels: [{model: a}]\n";
+    let merged = scratch.merge(&format!("{config}out_dtype: float16\n"), "half", &[]);
+    assert!(merged.values("w").iter().all(|v| v.is_infinite()));
+    assert!(
+        warnings(&merged).contains("tensor `w`: NaN or infinities in the result"),
+        "{}",
+        warnings(&merged)
+    );
+    let merged = scratch.merge(&format!("{config}out_dtype: bfloat16\n"), "wide", &[]);
+    assert_eq!(warnings(&merged), "[]");
+    // Numbers that are none in f32.
+    scratch.refuse_unread(&format!("{config}parameters: {{weight: 1e39}}\n"), &["weight", "1e39", "finite"]);
+}
+
+#[test]
+fn b21_copied_tensors_are_looked_at_too() {
+    let scratch = Scratch::new();
+    let mut random = Random::new(29);
+    let w = Tensor::random("w", "BF16", &SHAPE, &mut random);
+    scratch.model("a", &[w.with_value(AT, f64::NAN)]);
+    let config = "merge_method: passthrough\nmodels: [{model: a}]\n";
+    scratch.refuse(config, &["a", "`w`", &format!("flat index {AT}")]);
+    let merged = scratch.merge(config, "out", &["--nonfinite", "propagate"]);
+    assert_eq!(merged.tensor("w").bytes, w.with_value(AT, f64::NAN).bytes);
+}
+
+#[test]
+fn b21_methods_on_singular_vectors_let_it_through_to_its_tensor() {
+    let scratch = Scratch::new();
+    let mut random = Random::new(30);
+    let tensors: Vec<Tensor> =
+        ["bad.weight", "good.weight"].map(|n| Tensor::random(n, "F32", &[4, 5], &mut random)).into();
+    scratch.model("base", &tensors);
+    for method in ["iso_c", "iso_ridge", "iso_cts", "tsv_m", "knots", "mats"] {
+        let config =
+            format!("merge_method: {method}\nbase_model: base\nmodels: [{{model: a}}, {{model: b}}]\n");
+        for value in [f64::NAN, f64::INFINITY] {
+            for name in ["a", "b"] {
+                let mut own: Vec<Tensor> =
+                    tensors.iter().map(|t| Tensor::random(&t.name, "F32", &[4, 5], &mut random)).collect();
+                if name == "b" {
+                    own[0] = own[0].with_value(7, value);
+                }
+                scratch.model(name, &own);
+            }
+            scratch.refuse(&config, &["b", "`bad.weight`", "flat index 7"]);
+            let out = format!("{method}-{value}");
+            let merged = scratch.merge(&config, &out, &["--nonfinite", "propagate"]);
+            assert!(merged.values("bad.weight").iter().any(|v| !v.is_finite()), "{out}");
+            assert!(merged.values("good.weight").iter().all(|v| v.is_finite()), "{out}");
+            assert!(warnings(&merged).contains("`bad.weight`"), "{out}: {}", warnings(&merged));
+        }
+    }
+}

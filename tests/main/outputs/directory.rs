@@ -250,3 +250,29 @@ fn dry_run_is_the_plan() {
     }
     assert!(!world.scratch.join("out").exists());
 }
+
+/// Nothing is merged for hours, to fail at the end on a file beside the weights.
+#[test]
+fn side_files_that_cannot_be_opened_are_refused_at_once() {
+    let scratch = Scratch::new();
+    scratch.model("a", &[Tensor::f32("w", &[1], &[1.0])]);
+    std::os::unix::fs::symlink("tokenizer.json", scratch.join("a/tokenizer.json")).expect("a link to itself");
+    scratch.refuse("merge_method: linear\nmodels: [{ model: a }]\n", &["tokenizer.json", "cannot be copied"]);
+}
+
+/// `--resume` of a merge that is complete has nothing to do, unless a file of it is gone.
+#[test]
+fn a_complete_merge_that_has_lost_a_file_is_no_complete_merge() {
+    let scratch = Scratch::new();
+    scratch.model("a", &[Tensor::f32("w", &[1], &[1.0])]);
+    let config = "merge_method: linear\nmodels: [{ model: a }]\n";
+    let merged = scratch.merge(config, "out", &[]);
+    assert_eq!(scratch.try_merge(config, "out", &["--resume"]).code, 0);
+    std::fs::write(merged.directory.join("model.safetensors"), b"short").expect("ours");
+    for _ in 0..2 {
+        let output = scratch.try_merge(config, "out", &["--resume"]);
+        assert_eq!(output.code, 2, "{}", output.stderr);
+        assert!(crate::util::error_line(&output).contains("model.safetensors"), "{}", output.stderr);
+        let _ = std::fs::remove_file(merged.directory.join("model.safetensors"));
+    }
+}

@@ -152,3 +152,43 @@ fn b31_a_tensor_larger_than_the_budget_streams() {
         assert_eq!(v, (a[k] + b[k]) / 2.0, "element {k}");
     }
 }
+
+/// What a run keeps of each tensor (plan, journal, report) is planned, too: of many small ones it is most of what is held.
+#[test]
+#[cfg(target_os = "linux")]
+fn many_small_tensors_stay_in_the_bound() {
+    let scratch = Scratch::new();
+    let tensors: Vec<Tensor> = (0..30_000)
+        .map(|k| Tensor::f32(&format!("model.layers.{k}.input_layernorm.weight"), &[4], &[k as f64; 4]))
+        .collect();
+    scratch.model("a", &tensors);
+    scratch.model("b", &tensors);
+    let config = "merge_method: linear\nmodels: [{ model: a }, { model: b }]\n";
+    let least = bytes(&scratch.plan(config, &["--threads", "2"]), "least_memory_bytes");
+    let merged = scratch.merge(config, "out", &["--max-memory", &least.to_string(), "--threads", "2"]);
+    let anonymous = merged.report["peak_anonymous_bytes"].as_u64().expect("measured");
+    assert!(anonymous <= least, "{anonymous} bytes held, at most {least} allowed");
+}
+
+/// Matrices of one weight after the other: what was freed is given back, and does not add up.
+#[test]
+#[cfg(target_os = "linux")]
+fn weights_one_after_the_other_hold_one_weights_memory() {
+    const SIDE: usize = 500;
+    let mut random = Random::new(71);
+    let scratch = Scratch::new();
+    let tensors = |random: &mut Random| -> Vec<Tensor> {
+        (0..4).map(|k| Tensor::random(&format!("l.{k}.weight"), "F32", &[SIDE, SIDE], random)).collect()
+    };
+    for name in ["base", "a", "b"] {
+        scratch.model(name, &tensors(&mut random));
+    }
+    let config = "merge_method: tsv_m\nbase_model: base\nmodels: [{ model: a }, { model: b }]\n";
+    for threads in ["1", "2"] {
+        let least = bytes(&scratch.plan(config, &["--threads", threads]), "least_memory_bytes");
+        let flags = ["--max-memory", &least.to_string(), "--threads", threads];
+        let merged = scratch.merge(config, &format!("out{threads}"), &flags);
+        let anonymous = merged.report["peak_anonymous_bytes"].as_u64().expect("measured");
+        assert!(anonymous <= least, "{threads} threads: {anonymous} bytes held, at most {least} allowed");
+    }
+}
