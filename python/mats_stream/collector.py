@@ -15,7 +15,7 @@ import json
 import math
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -28,6 +28,7 @@ from .accumulate import Accumulator
 from .attention import disable_fast_paths, use_parts
 from .discover import Discovery, Found, Selection
 from .errors import CollectError
+from .layouts import Look, split_of
 from .likelihood import Likelihood, Sampler, resolve
 from .progress import Progress
 from .sites import AffineSite, AllSeen, Forms, ProductSite, Recorder, Site, Target, vector_accumulators
@@ -39,6 +40,8 @@ Batches = Union[Iterable[Any], Callable[[], Iterable[Any]]]
 
 # Of `max_memory`, kept for what the allocator and the interpreter take besides.
 SLACK = 16 << 20
+# Examples of the first batch that tell which modules are called, and how their inputs are split.
+LOOKED_AT = 3
 
 
 @dataclass
@@ -56,12 +59,16 @@ class Options:
     examples: Optional[int]
 
 
+def _unsplit(looks: Sequence[Look], examples: int) -> str:
+    return f"its input [{', '.join(map(str, looks[0].shape))}] is not split by the batch's {examples} examples"
+
+
 class SingleSite(Site):
     """Parameters that only a batch of one example tells about; their gradients come from the collector."""
 
-    def __init__(self, recorder: Recorder, target: Target, parameter: nn.Parameter) -> None:
-        super().__init__(recorder, target.name, "tokens", 0)
-        self.target, self.parameter = target, parameter
+    def __init__(self, recorder: Recorder, target: Target) -> None:
+        super().__init__(recorder, target.name, "tokens")
+        self.target, self.parameter = target, target.parameter
         self.targets = [target]
 
     def attach(self) -> List[Callable[[], None]]:
@@ -93,6 +100,29 @@ def _map(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, (tuple, list)):
         return type(batch)(_map(value, change) for value in batch)
     return batch
+
+
+def _digest(batch: Any, ids: Sequence[int]) -> str:
+    """A hash of a batch."""
+    digest = hashlib.sha256(repr(list(ids)).encode())
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(repr((value.dtype, tuple(value.shape))).encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+        elif hasattr(value, "items"):
+            for key, part in value.items():
+                digest.update(repr(key).encode())
+                add(part)
+        elif isinstance(value, (tuple, list)):
+            for part in value:
+                add(part)
+        elif value is None or isinstance(value, (str, int, float, bool)):
+            digest.update(repr(value).encode())
+
+    add(batch)
+    return digest.hexdigest()[:16]
 
 
 def _slice(batch: Any, size: int, part: slice) -> Any:
@@ -133,6 +163,7 @@ class Step:
     batch: Any
     examples: int
     ids: List[int] = field(default_factory=list)
+    digest: str = ""
 
 
 class Collector:
@@ -148,6 +179,13 @@ class Collector:
         self.first: Optional[Any] = None
         self.rest: Optional[Iterator[Any]] = None
         self.one_shot = False
+        # Of the first pass: each batch's digest, and how often it called each site where it was run to its end.
+        self.digests: List[str] = []
+        self.calls: List[Optional[Counter[Site]]] = []
+        self.sharers: List[ProductSite] = []
+        self.padded: Dict[str, bool] = {}
+        # Whether any log-likelihood was not 0.
+        self.informed = False
 
     # --- batches -----------------------------------------------------------------------------------------------------
 
@@ -185,11 +223,27 @@ class Collector:
             batch = _slice(batch, size, slice(0, room))
             ids = None if ids is None else ids[:room]
             size = room
-        batch = _map(batch, lambda x: x.to(self.device))
-        return Step(batch, size, ids if ids is not None else list(range(next_id, next_id + size)))
+        ids = ids if ids is not None else list(range(next_id, next_id + size))
+        digest = _digest(batch, ids)
+        return Step(_map(batch, lambda x: x.to(self.device)), size, ids, digest)
 
     def steps(self) -> Iterator[Step]:
-        """The batches of one pass."""
+        """The batches of one pass, the same in each."""
+        at = 0
+        for at, step in enumerate(self._steps(), 1):
+            if at > len(self.digests):
+                self.digests.append(step.digest)
+                self.calls.append(None)
+            elif self.digests[at - 1] != step.digest:
+                raise CollectError(f"batches: batch {at} is not the one that it was in an earlier pass; give the same batches, in "
+                                   "one order, whenever they are asked for")
+            yield step
+
+    def stream_digest(self) -> str:
+        """Stands for all batches of a pass."""
+        return hashlib.sha256("".join(self.digests).encode()).hexdigest()
+
+    def _steps(self) -> Iterator[Step]:
         if self.one_shot:
             if self.rest is None:
                 raise CollectError("batches: an iterator can be read once, and several passes are needed; "
@@ -225,32 +279,60 @@ class Collector:
         return TokenMasks(step.batch, step.examples, self.options.tokens, self.encoder_decoder,
                           self.options.weighting == "example")
 
-    def run_step(self, step: Step, sites: Sequence[Site], gradient: bool) -> None:
-        """One batch through the model, seen by the collecting sites."""
+    def run_step(self, step: Step, sites: Sequence[Site], gradient: bool, at: Optional[int] = None) -> None:
+        """One batch, the `at`-th, through the model, seen by the collecting sites."""
         recorder = self.recorder
-        masks = self._masks(step)
-        recorder.masks, recorder.examples = masks, step.examples
-        recorder.inputs.clear()
+        self._decide_late(step, sites)
+        self._start(step)
         recorder.remaining = None
-        # Modules that are called several times may be called more often in another batch: then all of it is run.
-        if not gradient and recorder.seen is None and all(site.calls_a_step == 1 for site in sites):
-            recorder.remaining = sum(site.calls_a_step for site in sites)
-        recorder.active = True
+        # How often a batch calls a module only a whole run of that batch tells: the first pass makes one.
+        calls = None if at is None else self.calls[at]
+        if not gradient and calls is not None:
+            recorder.remaining = sum(calls[site] for site in sites)
+            if recorder.remaining == 0:
+                return
         likelihoods: Optional[Tensor] = None
         try:
-            with torch.set_grad_enabled(gradient):
-                likelihoods = self.likelihood(self.model, step.batch, self._sampler(step, masks))
+            likelihoods = self._forward(step, gradient)
         except AllSeen:
             pass
-        finally:
-            recorder.active = False
         if likelihoods is not None:
             self._check(likelihoods, step)
+            self.informed = self.informed or bool((likelihoods.detach() != 0).any())
+            if at is not None:
+                self.calls[at] = Counter({site: len(inputs) for site, inputs in recorder.inputs.items()})
+            for site in self.sharers:
+                assert site.shares is not None
+                if len(recorder.inputs.get(site, ())) != len(recorder.inputs.get(site.shares, ())):
+                    site.other_input()
             if gradient and likelihoods.requires_grad:
                 likelihoods.sum().backward()
             del likelihoods
         for site in sites:
             site.finish_step()
+
+    def _start(self, step: Step) -> None:
+        recorder = self.recorder
+        recorder.masks, recorder.examples = self._masks(step), step.examples
+        recorder.inputs.clear()
+        recorder.lengths.clear()
+
+        def lengths(x: Tensor) -> Tensor:
+            if x.dim() > 1 and x.shape[0] == step.examples:
+                recorder.lengths.update(x.shape[1:])
+            return x
+
+        _map(step.batch, lengths)
+
+    def _forward(self, step: Step, gradient: bool) -> Tensor:
+        recorder = self.recorder
+        assert recorder.masks is not None
+        recorder.active = True
+        try:
+            with torch.set_grad_enabled(gradient):
+                return self.likelihood(self.model, step.batch, self._sampler(step, recorder.masks))
+        finally:
+            recorder.active = False
 
     def _check(self, likelihoods: Tensor, step: Step) -> None:
         if not isinstance(likelihoods, Tensor) or likelihoods.shape != (step.examples,):
@@ -281,41 +363,154 @@ class Collector:
 
     # --- the first step ----------------------------------------------------------------------------------------------
 
-    def probe(self, found: Found, share: bool) -> List[Site]:
-        """Runs the first batch without gradients: sites in order of their first call, those with one input shared."""
+    def _part(self, step: Step, examples: int) -> Step:
+        """The first `examples` of a batch."""
+        if examples == step.examples:
+            return step
+        return Step(_slice(step.batch, step.examples, slice(0, examples)), examples, step.ids[:examples])
+
+    def _look(self, step: Step) -> Dict[Site, List[Look]]:
+        """The calls that a batch makes."""
         recorder = self.recorder
-        # Two examples tell as much as all of the batch.
-        step = self._prepare(self.first, 0, min(2, self.options.examples or 2))
-        recorder.seen = []
+        self._start(step)
+        recorder.seen = {}
         try:
-            self.run_step(step, found.sites, gradient=False)
-            seen = recorder.seen
+            # Gradients on, as in a pass: a module that runs without them shows here.
+            self._check(self._forward(step, True).detach(), step)
+            return recorder.seen
         finally:
             recorder.seen = None
-        order: Dict[Site, List[Tuple[int, int]]] = {}
-        for site, tensor, version in seen:
-            order.setdefault(site, []).append((tensor, version))
-        called = list(order)
+
+    def _decide(self, step: Step, seen: Dict[Site, List[Look]], sites: Sequence[Site]) -> None:
+        """Tells how the inputs of `sites`, as `seen` with a batch, are split by examples: from fewer examples of it."""
+        m = step.examples
+        if m == 1:
+            return
+        looks = [(m, seen), *((k, self._look(self._part(step, k))) for k in sorted({m - 1, 1}, reverse=True))]
+        for site in sites:
+            site.split = split_of([(k, look.get(site, [])) for k, look in looks])
+            site.lengths = {call.shape[0] // m for call in seen[site]}
+            site.same_rows = len({tuple(call.shape for call in look.get(site, [])) for _, look in looks}) == 1
+            site.decided = True
+
+    def _decide_late(self, step: Step, sites: Sequence[Site]) -> None:
+        """Where all batches before had one example: any split is that of one."""
+        late = [site for site in sites if not site.decided]
+        if step.examples == 1 or not late:
+            return
+        seen = self._look(step)
+        late = [site for site in late if site in seen]
+        self._decide(step, seen, late)
+        for site in late:
+            if site.split is None and site.same_rows:
+                raise CollectError(f"module `{site.name}`: {_unsplit(seen[site], step.examples)}; exclude it, or give batches of "
+                                   "one example")
+
+    def probe(self, found: Found, share: bool, single_examples: bool) -> List[Site]:
+        """Runs batches until all sites are called, the first as a rule: sites in order of their first call, those with one
+        input shared, and left out what is not split by examples and cannot do without."""
+        looks: Dict[Site, List[Look]] = {}
+
+        def look(step: Step, whole: Optional[Step] = None) -> None:
+            seen = self._look(step)
+            for site in seen:
+                looks.setdefault(site, seen[site])
+            new = [site for site in seen if not site.decided]
+            self._decide(step, seen, new)
+            doubtful = [site for site in new if site.decided and site.split is None and site.same_rows]
+            if doubtful and whole is not None and whole.examples > step.examples:
+                # An expert to which only the first example was routed looks so too.
+                more = self._look(whole)
+                for site in doubtful:
+                    site.same_rows = [call.shape for call in more.get(site, [])] == [call.shape for call in seen[site]]
+            for site in new:
+                self._leave_out(site, seen[site], step, found, single_examples)
+
+        # A few examples tell as much as all of the batch.
+        step = self._prepare(self.first, 0, self.options.examples)
+        look(self._part(step, min(step.examples, LOOKED_AT)), step)
+        if len(looks) < len(found.sites) and step.examples > LOOKED_AT:
+            look(step)
+        if len(looks) < len(found.sites) and not self.one_shot:
+            # Experts and branches: the plan must know of whatever any batch calls.
+            missing = [site.name for site in found.sites if site not in looks]
+            self.progress.say("not called in the first batch, so that all are looked through (exclude them to save that): "
+                              f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}")
+            for at, step in enumerate(self._steps()):
+                if at > 0:
+                    look(step)
+                if len(looks) == len(found.sites):
+                    break
+        if isinstance(self.batches, (list, tuple)) and not all(site.decided for site in looks):
+            several = next((step for step in self._steps() if step.examples > 1), None)
+            if several is not None:
+                look(self._part(several, min(several.examples, LOOKED_AT)))
         for site in found.sites:
             if isinstance(site, AffineSite) and site.unfit is not None:
-                if site in order:
-                    called.remove(site)
-                for key, target in site.vectors.items():
-                    found.single.append((target, site.module._parameters[key]))  # type: ignore[arg-type]
-            elif site not in order:
+                found.single.extend(site.vectors.values())
+                looks.pop(site, None)
+            elif site not in looks:
+                site.absent = True
+                why = "is called with something else than one tensor" if site.odd_call else "is not called"
                 for target in site.targets:
-                    found.left_out[target.name] = f"module `{site.name}` is not called"
+                    found.left_out[target.name] = f"module `{site.name}` {why}"
+        called = [site for site in looks if site.targets]
         if share:
             owners: Dict[Any, ProductSite] = {}
             for site in called:
                 if not isinstance(site, ProductSite) or site.weight is None or not site.input_kinds():
                     continue
-                same = (site.layout_key(), site.stream, site.batch_dim, tuple(site.input_kinds()),
-                       site.layout.in_features, tuple(order[site]))
+                same = (site.layout_key(), site.stream, site.split, tuple(site.input_kinds()),
+                        site.layout.in_features, tuple(call.tensor for call in looks[site]))
                 owner = owners.setdefault(same, site)
                 if owner is not site:
                     site.shares = owner
+                    self.sharers.append(site)
         return called
+
+    def _padded(self, stream: str) -> bool:
+        """Whether a batch has positions of the stream that do not count, as far as can be known."""
+        if not isinstance(self.batches, (list, tuple)):
+            return True
+        if stream not in self.padded:
+            masks = (self._masks(step).masks[stream] for step in self._steps())
+            self.padded[stream] = any(mask is not None and not bool(mask.all()) for mask in masks)
+        return self.padded[stream]
+
+    def _leave_out(self, site: Site, looks: Sequence[Look], step: Step, found: Found, single_examples: bool) -> None:
+        """Takes off a site's targets what cannot be had of it, and says so."""
+        def leave(kinds: Iterable[str], why: str, single: bool = False) -> None:
+            for target in site.targets:
+                dropped = target.kinds & set(kinds)
+                if not dropped:
+                    continue
+                if found.named and not (single and single_examples):
+                    raise CollectError(f"module `{site.name}`: {why}; exclude it")
+                target.kinds -= dropped
+                if single and single_examples:
+                    found.single.append(replace(target, kinds=dropped))
+                else:
+                    found.left_out[target.name if not target.kinds else f"{target.name}/{min(dropped)}"] = why
+            site.keep_targets()
+
+        if not any(look.gradient for look in looks):
+            leave((*K.OUTPUT_KINDS, *K.FISHER_KINDS),
+                  "runs with gradients off (torch.no_grad, or reentrant checkpointing, which is to be turned off)")
+        token_kinds = (*K.INPUT_KINDS, *K.OUTPUT_KINDS)
+        masks = self._masks(step)
+        if site.decided and site.split is None:
+            why = f"{_unsplit(looks, step.examples)}; batches of one example would do"
+            leave(K.FISHER_KINDS, why, single=True)
+            # Rows that are the same for any number of examples are of none of them; of others each is of one, but which
+            # of them are padding is not known.
+            if site.same_rows or masks.by_example or masks.mask(site.name, site.stream)[1] is not None:
+                leave(token_kinds, why)
+        if masks.rule is None and isinstance(site, ProductSite):
+            try:
+                for look in looks:
+                    masks.counted(look.lead, site.name, site.stream, site.split, strict=self._padded(site.stream))
+            except CollectError as error:
+                leave(token_kinds, str(error).split(": ", 1)[1].split(";")[0])
 
     def activations(self, sites: Sequence[Site], gradient: bool) -> int:
         """Bytes at the peak of a step that keeps everything a pass might, but no sums."""
@@ -489,10 +684,10 @@ def _observer(recorder: Recorder, observers: Mapping[str, Sequence[ProductSite]]
 def _run(collector: Collector, found: Found, share: bool, single_examples: bool, per_pass: Optional[int],
          max_memory: Union[None, int, str], out: Optional[Path], resume: bool, metadata: Dict[str, str]) -> Statistics:
     options, recorder, progress = collector.options, collector.recorder, collector.progress
-    sites = collector.probe(found, share)
-    for target, parameter in found.single:
+    sites = collector.probe(found, share, single_examples)
+    for target in found.single:
         if single_examples:
-            sites.append(SingleSite(recorder, target, parameter))
+            sites.append(SingleSite(recorder, target))
         else:
             found.left_out[target.name] = "has no batched form; single_examples collects it one example at a time"
     if not sites:
@@ -510,8 +705,8 @@ def _run(collector: Collector, found: Found, share: bool, single_examples: bool,
 
     room: Optional[int] = None
     if max_memory is not None:
-        # Of the first batch's inputs the probe saw two examples'.
-        scale = -(-batch_size(collector.first_inputs()) // 2)
+        # Of the first batch's inputs the probe saw a few examples'.
+        scale = -(-batch_size(collector.first_inputs()) // LOOKED_AT)
         gradient = any(site.needs_gradient() for site in sites)
         needed = collector.activations([site for site in sites if not isinstance(site, SingleSite)], gradient)
         limit = memory.parse_size(max_memory)
@@ -573,7 +768,7 @@ def _run_passes(collector: Collector, passes: Sequence[Sequence[Site]], entries:
         streams: Dict[str, float] = {}
         for number, step in enumerate(collector.steps(), 1):
             if batched:
-                collector.run_step(step, batched, gradient)
+                collector.run_step(step, batched, gradient, number - 1)
                 masks = collector.recorder.masks
                 assert masks is not None
                 for stream, mask in masks.masks.items():
@@ -583,6 +778,11 @@ def _run_passes(collector: Collector, passes: Sequence[Sequence[Site]], entries:
                 collector.run_singles(step, singles)
             examples += step.examples
             progress.step(at, number, examples)
+        if not examples:
+            raise CollectError("batches: they have no examples")
+        if gradient and not collector.informed and not collector.recorder.moved:
+            raise CollectError("loss: every example has log-likelihood 0 and no gradient; have they labels that are not all "
+                               "ignored (-100)?")
         _finish_pass(collector, sites, entries, sink, examples, streams)
         memory.give_back()
     return {key: str(value) for key, value in sink.notes().items()}
@@ -597,13 +797,15 @@ def _finish_pass(collector: Collector, sites: Sequence[Site], entries: Mapping[s
     finished: List[str] = []
     for site in sites:
         for key in list(site.sums):
-            sums, count = site.sums.pop(key), site.counts[key]
+            # Fishers are means over all examples, also those that did not call the module.
+            fisher = key.rsplit("/", 1)[1] in K.FISHER_KINDS
+            sums, count = site.sums.pop(key), float(examples) if fisher else site.counts[key]
             bound = sums.error_bound(count)
             if bound is not None:
                 notes[f"error:{key}"] = f"{bound:.6g}"
             sink.write(entries[key], _finite(key, sums.pieces(count, K.DTYPES[options.dtype][1])))
             finished.append(key)
-            if isinstance(site, ProductSite) and key.rsplit("/", 1)[1] not in K.FISHER_KINDS:
+            if isinstance(site, ProductSite) and not fisher:
                 counts.setdefault(site.stream, Counter())[count] += 1
         site.end()
     by_stream = {stream: int(count) for stream, count in streams.items()}

@@ -30,8 +30,10 @@ class Found:
 
     sites: List[Site] = field(default_factory=list)
     left_out: Dict[str, str] = field(default_factory=dict)
-    # Parameters without a batched form: name in the file, parameter, kinds.
-    single: List[Tuple[Target, nn.Parameter]] = field(default_factory=list)
+    # Parameters without a batched form.
+    single: List[Target] = field(default_factory=list)
+    # Whether the user named what is wanted: then what cannot be had is an error, no note.
+    named: bool = False
     # Modules whose forward is replaced: module, its name, what observes each projection.
     attention: List[Tuple[nn.MultiheadAttention, Dict[str, List[ProductSite]]]] = field(default_factory=list)
 
@@ -81,16 +83,6 @@ class Names:
         return name
 
 
-def _batch_second(model: nn.Module) -> Set[int]:
-    """Modules that see [T, B, ...]: those beside an attention that takes the batch second."""
-    found: Set[int] = set()
-    for module in model.modules():
-        children = list(module.children())
-        if any(isinstance(child, nn.MultiheadAttention) and not child.batch_first for child in children):
-            found.update(id(inner) for inner in module.modules())
-    return found
-
-
 def _output_heads(model: nn.Module) -> Set[int]:
     heads = {id(module) for name, module in model.named_modules() if name.split(".")[-1] == "lm_head"}
     get = getattr(model, "get_output_embeddings", None)
@@ -114,9 +106,8 @@ class Discovery:
         self.embeddings, self.max_side = embeddings, max_side
         self.names = Names(model, adapters)
         self.encoder_decoder = is_encoder_decoder(model)
-        self.batch_second = _batch_second(model)
         self.heads = _output_heads(model)
-        self.found = Found()
+        self.found = Found(named=modules is not None)
         # Of a tied parameter the first name counts, as in the checkpoint.
         self.first_name = {id(p): name for name, p in model.named_parameters()}
         self.users: Dict[int, List[str]] = {}
@@ -168,17 +159,16 @@ class Discovery:
         if "original_module" in parts or (self.names.peft and not self.names.own
                                           and any(p.startswith("lora_") for p in parts)):
             return None
-        return Target(file_name, tuple(parameter.shape), kinds)
+        return Target(file_name, tuple(parameter.shape), kinds, parameter)
 
     def _vector_kinds(self, parameter: nn.Parameter) -> Set[str]:
         if max(parameter.shape, default=1) != parameter.numel():
             return {K.FISHER_DIAGONAL}
         return {K.FISHER_DIAGONAL} | ({K.FISHER_BLOCK} if parameter.numel() <= self.max_side else set())
 
-    def _at(self, name: str, module: nn.Module) -> Tuple[Recorder, str, str, int]:
+    def _at(self, name: str) -> Tuple[Recorder, str, str]:
         module_name = self.names.file_name(name)
-        return (self.recorder, module_name, stream_of(module_name, self.encoder_decoder),
-                1 if id(module) in self.batch_second else 0)
+        return self.recorder, module_name, stream_of(module_name, self.encoder_decoder)
 
     def _limit_sides(self, target: Target, layout: Layout, head: bool) -> None:
         """Leaves out Grams nobody could use: of the vocabulary, and of what is beyond `max_side`."""
@@ -230,7 +220,7 @@ class Discovery:
             bias_target = self._wanted(self.first_name[id(bias)], bias, self._vector_kinds(bias))
         if target is None and bias_target is None:
             return
-        site = ProductSite(*self._at(name, module), layout, target, bias_target)
+        site = ProductSite(*self._at(name), layout, target, bias_target)
         site.modules = [module]
         self.site_of[id(weight)] = site
         self.found.sites.append(site)
@@ -242,7 +232,7 @@ class Discovery:
             return
         target = self._wanted(self.first_name[id(bias)], bias, self._vector_kinds(bias))
         if target is not None:
-            site = ProductSite(*self._at(name, module), layout, None, target)
+            site = ProductSite(*self._at(name), layout, None, target)
             site.modules = [module]
             self.site_of[id(bias)] = site
             self.found.sites.append(site)
@@ -268,9 +258,8 @@ class Discovery:
                 targets[0] = targets[0] if targets[0].kinds else None
             if targets[0] is None and targets[1] is None:
                 return
-            recorder, _, stream, _ = self._at(name, module)
-            # The replaced forward works batch first.
-            site = ProductSite(recorder, prefix + projection, stream, 0, layout, targets[0], targets[1])
+            recorder, _, stream = self._at(name)
+            site = ProductSite(recorder, prefix + projection, stream, layout, targets[0], targets[1])
             self.found.sites.append(site)
             for projection_seen in see:
                 observers.setdefault(projection_seen, []).append(site)
@@ -297,7 +286,7 @@ class Discovery:
             target = self._wanted(f"{name}.ia3_l.{self.names.adapter}", vector, self._vector_kinds(vector))
             if target is not None:
                 on_input = bool(getattr(module, "is_feedforward", False))
-                self.found.sites.append(ScaleSite(*self._at(name, module), module, base, on_input, target))
+                self.found.sites.append(ScaleSite(*self._at(name), module, base, on_input, target))
         layout = layout_of(base)
         weight = base._parameters.get("weight")
         if self.names.own or layout is None or weight is None or id(weight) in self.taken:
@@ -311,7 +300,7 @@ class Discovery:
         if bias is not None and id(bias) not in self.taken:
             bias_target = self._wanted(self.first_name[id(bias)], bias, self._vector_kinds(bias))
         if target is not None or bias_target is not None:
-            site = ProductSite(*self._at(name, module), layout, target, bias_target)
+            site = ProductSite(*self._at(name), layout, target, bias_target)
             site.modules = [module]
             self.found.sites.append(site)
 
@@ -327,9 +316,9 @@ class Discovery:
         if target is None:
             return
         if len(self.users[id(weight)]) > 1:
-            self.found.single.append((target, weight))
+            self.found.single.append(target)
             return
-        self.found.sites.append(EmbeddingSite(*self._at(name, module), module, target))
+        self.found.sites.append(EmbeddingSite(*self._at(name), module, target))
 
     def _vectors(self, name: str, module: nn.Module) -> None:
         own = {key: p for key, p in module._parameters.items() if p is not None}
@@ -343,9 +332,9 @@ class Discovery:
             if target is not None:
                 vectors[key] = target
         if vectors:
-            self.found.sites.append(AffineSite(*self._at(name, module), module, vectors))
+            self.found.sites.append(AffineSite(*self._at(name), module, vectors))
 
     def _single(self, name: str, parameter: nn.Parameter) -> None:
         target = self._wanted(name, parameter, self._vector_kinds(parameter))
         if target is not None:
-            self.found.single.append((target, parameter))
+            self.found.single.append(target)

@@ -6,7 +6,8 @@ A *layout* is the only thing that knows a module's class. What is stored is the 
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from dataclasses import dataclass
+from typing import Any, Container, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -90,13 +91,87 @@ def layout_of(module: nn.Module) -> Optional[Layout]:
     return None
 
 
-def per_example(x: Tensor, examples: int, batch_dim: int) -> Optional[Tensor]:
-    """Rows by example, `[..., n]` → `[B, T, n]`; `None` where the batch does not lead its dimensions."""
-    if batch_dim == 1 and x.dim() >= 3:
-        x = x.transpose(0, 1)
-    rows = x.numel() // max(x.shape[-1], 1)
-    if x.shape[0] != examples and (x.dim() != 2 or rows % examples):
+# Where the examples of a batch are in what a module sees: `[B, ...]`, `[T, B, ...]`, equal parts of the first dimension
+# one after the other (`[B·T, n]`, `[B·windows, ...]`), or rows of all in turn (`[T·B, n]`).
+FIRST, SECOND, BLOCKS, STRIDED = "first", "second", "blocks", "strided"
+
+
+@dataclass
+class Look:
+    """One call as the first step saw it: which tensor in which version, its shape, and one number for each of its rows."""
+
+    tensor: Tuple[int, int]
+    shape: Tuple[int, ...]
+    lead: Tuple[int, ...]
+    marks: Optional[Tensor]
+    tolerance: float
+    gradient: bool
+
+
+def marks_of(x: Tensor) -> Tensor:
+    """A number for each row of `[..., n]`, by which rows are known again: all of the input would be too much to keep."""
+    direction = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(0)).to(x.device)
+    return (x.detach().reshape(-1, x.shape[-1]).float() @ direction).cpu()
+
+
+def _split_of_call(many: Look, few: Look, m: int, k: int) -> Optional[str]:
+    if len(many.shape) != len(few.shape):
         return None
+    other = [axis for axis, (a, b) in enumerate(zip(many.shape, few.shape)) if a != b]
+    if len(other) != 1 or other[0] > 1 or many.shape[other[0]] * k != few.shape[other[0]] * m:
+        return None
+    axis, dims = other[0], len(many.shape)
+    if axis == 1:
+        return SECOND if dims >= 3 and many.shape[1] == m else None
+    if many.shape[0] == m:
+        return FIRST
+    if many.marks is None or few.marks is None:
+        return None
+
+    # The shape fits either order of rows; what the rows hold tells.
+    def same(rows: Tensor) -> bool:
+        assert few.marks is not None
+        size = float(few.marks.abs().max()) if few.marks.numel() else 0.0
+        return bool(((rows.reshape(-1) - few.marks).abs() <= many.tolerance * size).all())
+
+    blocks = same(many.marks.reshape(m, -1)[:k])
+    strided = dims == 2 and same(many.marks.reshape(-1, m)[:, :k])
+    if blocks == strided:
+        return None
+    return BLOCKS if blocks else STRIDED
+
+
+def split_of(looks: Sequence[Tuple[int, Sequence[Look]]]) -> Optional[str]:
+    """How a module's input is split by examples, from the calls with m examples of a batch and with fewer of the same.
+
+    The axis that grows with their number is theirs. `None`: nothing fits, or it is not the same for all calls.
+    """
+    found = set()
+    for (m, many), (k, few) in zip(looks, looks[1:]):
+        if len(many) != len(few):
+            return None
+        found.update(_split_of_call(a, b, m, k) for a, b in zip(many, few))
+    if found == {FIRST, BLOCKS}:
+        return BLOCKS
+    return found.pop() if len(found) == 1 else None
+
+
+def is_split(shape: Sequence[int], examples: int, split: Optional[str], lengths: Container[int]) -> bool:
+    """Whether a tensor `[..., n]` can be split so. Rows that only happen to be a multiple of the examples (as those that
+    are routed to an expert) are not: of `[B·T, n]`, T is one of the `lengths` that are known."""
+    if examples == 1 or split == FIRST:
+        return examples == 1 or shape[0] == examples
+    if split == SECOND:
+        return len(shape) >= 3 and shape[1] == examples
+    return split is not None and shape[0] % examples == 0 and (len(shape) > 2 or shape[0] // examples in lengths)
+
+
+def per_example(x: Tensor, examples: int, split: Optional[str]) -> Tensor:
+    """Rows by example, `[..., n]` → `[B, T, n]`, of what [`is_split`]."""
+    if examples > 1 and split == SECOND:
+        x = x.transpose(0, 1)
+    elif examples > 1 and split == STRIDED:
+        x = x.reshape(-1, examples, x.shape[-1]).transpose(0, 1)
     return x.reshape(examples, -1, x.shape[-1])
 
 

@@ -7,6 +7,7 @@ that is [`collector`].
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from . import kinds as K
 from .accumulate import Accumulator, Gram, Mean, Sketch, Squares
 from .errors import CollectError
-from .layouts import ConvolutionLayout, Layout, per_example, started
+from .layouts import FIRST, SECOND, ConvolutionLayout, Layout, Look, is_split, marks_of, per_example, started
 from .tokens import TokenMasks
 
 
@@ -44,22 +45,31 @@ class Recorder:
     dry: bool = False
     # Calls to come before the forward pass may end, where no gradient is needed.
     remaining: Optional[int] = None
-    # In the first step: which sites are called, with which tensor, in which version of it.
-    seen: Optional[List[Tuple["Site", int, int]]] = None
+    # In the first step: the calls of each site, in the order of their first ones.
+    seen: Optional[Dict["Site", List[Look]]] = None
     largest_input: int = 0
+    # Whether any gradient was not 0.
+    moved: bool = False
     _alive: Dict[int, Tuple[Any, int]] = field(default_factory=dict)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+    # Of this step: inputs of each site, and numbers of rows that an example is known to have.
     inputs: Dict["Site", List[Any]] = field(default_factory=dict)
+    lengths: Set[int] = field(default_factory=set)
 
-    def note(self, site: "Site", x: Tensor) -> None:
+    def note(self, site: "Site", x: Tensor, lead: Tuple[int, ...]) -> None:
         """Notes a call in the first step. Tensors are told apart without being kept."""
         assert self.seen is not None
-        site.calls_a_step += 1
         self.largest_input = max(self.largest_input, x.numel() * 4)
         alive = self._alive.get(id(x))
         if alive is None or alive[0]() is not x:
-            alive = (weakref.ref(x), len(self.seen))
+            alive = (weakref.ref(x), next(self._numbers))
             self._alive[id(x)] = alive
-        self.seen.append((site, alive[1], x._version))
+        # Only rows that shapes do not tell the order of.
+        folded = x.dim() >= 2 and x.shape[0] != self.examples and x.numel() > 0
+        exact = x.dtype in (torch.float32, torch.float64) or not x.is_floating_point()
+        self.seen.setdefault(site, []).append(
+            Look((alive[1], x._version), tuple(x.shape), lead, marks_of(x) if folded else None, 1e-3 if exact else 5e-2,
+                 torch.is_grad_enabled()))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -70,13 +80,14 @@ class Recorder:
             self.active = active
 
 
-@dataclass
+@dataclass(eq=False)
 class Target:
     """A parameter and the kinds that are collected of it."""
 
     name: str
     shape: Tuple[int, ...]
     kinds: Set[str]
+    parameter: nn.Parameter
 
 
 @dataclass
@@ -94,15 +105,23 @@ class Call:
 class Site:
     """Base of all sites. `name` is the module's, for messages and progress."""
 
-    def __init__(self, recorder: Recorder, name: str, stream: str, batch_dim: int) -> None:
-        self.recorder, self.name, self.stream, self.batch_dim = recorder, name, stream, batch_dim
+    def __init__(self, recorder: Recorder, name: str, stream: str) -> None:
+        self.recorder, self.name, self.stream = recorder, name, stream
+        # How its input is split by examples, and into how many rows; told by the first batch that has several.
+        self.split: Optional[str] = None
+        self.lengths: Set[int] = set()
+        self.decided = False
+        # Its input has the same shape for any number of examples.
+        self.same_rows = False
+        # Not called in the first step, so that nothing is known of it.
+        self.absent = False
+        self.odd_call = False
         self.targets: List[Target] = []
         self.sums: Dict[str, Accumulator] = {}
         self.counts: Dict[str, float] = {}
         self.collecting = False
         self.calls: List[Call] = []
         self.pending = 0
-        self.calls_a_step = 0
 
     def attach(self) -> List[Callable[[], None]]:
         """Installs hooks; returns what removes them."""
@@ -116,6 +135,10 @@ class Site:
         """Keys in the file, with an empty sum each."""
         raise NotImplementedError
 
+    def keep_targets(self) -> None:
+        """Forgets targets that have no kinds any more."""
+        self.targets = [target for target in self.targets if target.kinds]
+
     def needs_gradient(self) -> bool:
         return any(kind not in K.INPUT_KINDS for target in self.targets for kind in target.kinds)
 
@@ -128,10 +151,26 @@ class Site:
     def end(self) -> None:
         self.sums, self.counts, self.collecting = {}, {}, False
 
-    def _noted(self, x: Tensor) -> None:
+    def _called(self, x: Tensor, lead: Tuple[int, ...]) -> bool:
+        """Notes a call; whether it is collected."""
+        recorder = self.recorder
+        if recorder.seen is not None:
+            recorder.note(self, x, lead)
+            return False
+        if self.absent:
+            raise CollectError(
+                f"module `{self.name}` is not called in the batches looked at first, and is called later; exclude it, or "
+                "give the batches as a list or a function, all of which are looked at"
+            )
+        recorder.inputs.setdefault(self, []).append(weakref.ref(x))
+        if self.split in (FIRST, SECOND) and x.dim() >= 3:
+            recorder.lengths.add(x.shape[1 if self.split == FIRST else 0])
+        return self.collecting
+
+    def _noted(self) -> None:
         """After what a call's input is needed for: the end of a forward pass may be here."""
         recorder = self.recorder
-        if recorder.remaining is not None and self.collecting:
+        if recorder.remaining is not None:
             recorder.remaining -= 1
             if recorder.remaining == 0:
                 raise AllSeen
@@ -149,6 +188,7 @@ class Site:
         def arrived(gradient: Tensor) -> None:
             # Under retained graphs a hook could fire twice; the collector never retains one.
             call.gradient, call.seen = gradient.detach(), True
+            self.recorder.moved = self.recorder.moved or bool(gradient.any())
             self.pending -= 1
             if self.pending == 0:
                 self.finish_step()
@@ -170,15 +210,15 @@ class Site:
     def add_gradients(self, calls: Sequence[Call]) -> None:
         raise NotImplementedError
 
-    def split(self, x: Tensor) -> Tensor:
+    def by_example(self, x: Tensor) -> Tensor:
         """`[B, T, n]` or an error."""
-        found = per_example(x, self.recorder.examples, self.batch_dim)
-        if found is None:
+        examples = self.recorder.examples
+        if not is_split(x.shape, examples, self.split, self.lengths | self.recorder.lengths):
             raise CollectError(
-                f"module `{self.name}`: {list(x.shape)} is not split by the batch's {self.recorder.examples} examples, so "
+                f"module `{self.name}`: {list(x.shape)} is not split by the batch's {examples} examples, so "
                 "their gradients cannot be told apart; exclude it, or give batches of one example"
             )
-        return found
+        return per_example(x, examples, self.split)
 
     def _add_vectors(self, target: Target, rows: Tensor) -> None:
         """Gradients of a vector parameter, one row `[d]` an example."""
@@ -186,7 +226,22 @@ class Site:
             key = f"{target.name}/{kind}"
             if key in self.sums:
                 self.sums[key].add(rows)
-                self.counts[key] += rows.shape[0]
+
+
+def _after_call(module: nn.Module, seen: Callable[[Tuple[Any, ...], Dict[str, Any], Any], Any]) -> Callable[[], None]:
+    """Has `seen(args, kwargs, output)` called after the module's forward; returns what removes it."""
+    try:
+        return module.register_forward_hook(lambda _m, args, kwargs, y: seen(args, kwargs, y), with_kwargs=True).remove
+    except TypeError:  # torch 1.13 shows no keywords
+        return module.register_forward_hook(lambda _m, args, y: seen(args, {}, y)).remove
+
+
+def _input_of(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Optional[Tensor]:
+    """The first argument, or the one tensor that is given by keyword."""
+    if args:
+        return args[0] if isinstance(args[0], Tensor) else None
+    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+    return tensors[0] if len(tensors) == 1 else None
 
 
 def vector_accumulators(target: Target, forms: Forms) -> Dict[str, Accumulator]:
@@ -209,9 +264,9 @@ class ProductSite(Site):
     all calls before they are squared.
     """
 
-    def __init__(self, recorder: Recorder, name: str, stream: str, batch_dim: int, layout: Layout,
-                 weight: Optional[Target], bias: Optional[Target]) -> None:
-        super().__init__(recorder, name, stream, batch_dim)
+    def __init__(self, recorder: Recorder, name: str, stream: str, layout: Layout, weight: Optional[Target],
+                 bias: Optional[Target]) -> None:
+        super().__init__(recorder, name, stream)
         self.layout, self.weight, self.bias = layout, weight, bias
         self.modules: List[nn.Module] = []
         self.targets = [target for target in (weight, bias) if target is not None]
@@ -219,12 +274,25 @@ class ProductSite(Site):
         self.shares: Optional[ProductSite] = None
 
     def attach(self) -> List[Callable[[], None]]:
-        def hook(_module: nn.Module, args: Tuple[Any, ...], output: Any) -> Any:
-            if self.recorder.active and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                return self.observe(args[0], output)
-            return None
+        def seen(args: Tuple[Any, ...], kwargs: Dict[str, Any], output: Any) -> Any:
+            if not self.recorder.active:
+                return None
+            x = _input_of(args, kwargs)
+            # Some makes of linear layers return more than their product.
+            several = type(output) is tuple and len(output) > 0
+            y = output[0] if several else output
+            if x is None or not isinstance(y, Tensor):
+                self.odd_call = True
+                return None
+            y = self.observe(x, y)
+            return (y, *output[1:]) if several else y
 
-        return [module.register_forward_hook(hook).remove for module in self.modules]
+        return [_after_call(module, seen) for module in self.modules]
+
+    def keep_targets(self) -> None:
+        super().keep_targets()
+        self.weight = self.weight if self.weight in self.targets else None
+        self.bias = self.bias if self.bias in self.targets else None
 
     # In the file, the statistic of a weight's rows is `output_*` and that of its columns `input_*`, for a weight
     # [out, in]. A weight stored [in, out] has inputs as rows: there the names stand for the same sides of what is stored.
@@ -282,40 +350,46 @@ class ProductSite(Site):
     def observe(self, x: Tensor, y: Tensor, first: int = 0) -> Tensor:
         """One call: rows of `x` times the weight's output rows from `first` on are `y`."""
         recorder = self.recorder
-        if recorder.seen is not None:
-            recorder.note(self, x)
-        if not self.collecting:
+        lead = tuple(self.layout.output(y.detach()).shape[:-1])
+        collected = self._called(x, lead)
+        if recorder.seen is None:
+            self._same_input(x)
+        if not collected:
             return y
-        self._same_input(x)
         assert recorder.masks is not None
         kinds = [] if self.shares is not None or recorder.dry else self.input_kinds()
         if kinds:
             with torch.no_grad():
-                rows, count = recorder.masks.rows(self.layout.input(x.detach()), self.name, self.stream, self.batch_dim)
+                whole = self.layout.input(x.detach())
+                rows, count = recorder.masks.rows(whole, self.name, self.stream, self.split)
                 for kind in kinds:
                     key = self.key(kind)
-                    self.sums[key].add(rows)
+                    if kind == K.INPUT_MEAN and recorder.masks.by_example:
+                        self.sums[key].add(recorder.masks.rows(whole, self.name, self.stream, self.split, root=False)[0])
+                    else:
+                        self.sums[key].add(rows)
                     self.counts[key] += count
         if self.needs_gradient():
             # The weight's own Fisher needs the input again.
             keep = self.weight is not None and K.FISHER_DIAGONAL in self.weight.kinds
-            lead = tuple(self.layout.output(y.detach()).shape[:-1])
             y = self._await(y, Call(x.detach() if keep else None, x._version, lead, first))
-        self._noted(x)
+        self._noted()
         return y
 
     def _same_input(self, x: Tensor) -> None:
         """What shares sums must share its input in every batch, not only in the first."""
-        inputs = self.recorder.inputs
-        mine = inputs.setdefault(self, [])
-        mine.append(weakref.ref(x))
-        if self.shares is not None and self.shares.collecting:
-            theirs = inputs.get(self.shares, [])
-            if len(mine) > len(theirs) or theirs[len(mine) - 1]() is not x:
-                raise CollectError(
-                    f"module `{self.name}` had the input of `{self.shares.name}` in the first batch and has another one now; "
-                    "collect with share_inputs=False (--no-share)"
-                )
+        if self.shares is not None:
+            theirs = self.recorder.inputs.get(self.shares, [])
+            at = len(self.recorder.inputs[self]) - 1
+            if at >= len(theirs) or theirs[at]() is not x:
+                self.other_input()
+
+    def other_input(self) -> None:
+        assert self.shares is not None
+        raise CollectError(
+            f"module `{self.name}` had the input of `{self.shares.name}` in the first batch and has another one now; "
+            "collect with share_inputs=False (--no-share)"
+        )
 
     def add_gradients(self, calls: Sequence[Call]) -> None:
         masks = self.recorder.masks
@@ -336,17 +410,18 @@ class ProductSite(Site):
                 key = self.key(kind)
                 if g is None:  # it does not reach the loss: zeros, that count
                     empty = torch.zeros(1).expand(*call.lead, 1)
-                    self.counts[key] += masks.rows(empty, self.name, self.stream, self.batch_dim)[1]
+                    self.counts[key] += masks.rows(empty, self.name, self.stream, self.split)[1]
                 else:
-                    rows, count = masks.rows(g, self.name, self.stream, self.batch_dim)
+                    rows, count = masks.rows(g, self.name, self.stream, self.split)
                     self.sums[key].add(rows)
                     self.counts[key] += count
-        reached = [(call, self.split(g)) for call, g in zip(calls, gradients) if g is not None] if self._per_example() else []
+        reached = []
+        if self._per_example():
+            reached = [(call, self.by_example(g)) for call, g in zip(calls, gradients) if g is not None]
         if self.weight is not None and K.FISHER_DIAGONAL in self.weight.kinds:
             key = f"{self.weight.name}/{K.FISHER_DIAGONAL}"
-            self.counts[key] += self.recorder.examples
             if reached:
-                x = torch.cat([self.split(self.layout.input(call.x)) for call, _ in reached if call.x is not None], 1)
+                x = torch.cat([self.by_example(self.layout.input(call.x)) for call, _ in reached if call.x is not None], 1)
                 g = torch.cat([gradient for _, gradient in reached], 1)
                 self._add_squares(self.sums[key], x, g)
         if self.bias is not None:
@@ -382,24 +457,28 @@ class AffineSite(Site):
     # f32 rounding of y and of the difference, generously.
     TOLERANCE = 1e-4
 
-    def __init__(self, recorder: Recorder, name: str, stream: str, batch_dim: int, module: nn.Module,
-                 vectors: Dict[str, Target]) -> None:
-        super().__init__(recorder, name, stream, batch_dim)
+    def __init__(self, recorder: Recorder, name: str, stream: str, module: nn.Module, vectors: Dict[str, Target]) -> None:
+        super().__init__(recorder, name, stream)
         self.module, self.vectors = module, vectors
         self.targets = list(vectors.values())
         self.axes: Dict[str, int] = {}
         self.unfit: Optional[str] = None
 
     def attach(self) -> List[Callable[[], None]]:
-        def hook(_module: nn.Module, args: Tuple[Any, ...], output: Any) -> Any:
+        def seen(args: Tuple[Any, ...], kwargs: Dict[str, Any], output: Any) -> Any:
             if not self.recorder.active:
                 return None
-            if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+            # Of flags the first step checks that they change nothing.
+            given = [*args, *(value for value in kwargs.values() if isinstance(value, Tensor))]
+            if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(output, Tensor):
+                # Its output depends on more than what it would be called with again, such as a gate.
+                if self.collecting:
+                    raise CollectError(f"module `{self.name}` took one tensor in the first batch and takes more now; exclude it")
                 self.unfit = "it does not take and return one tensor"
                 return None
-            return self.observe(args[0], output)
+            return self.observe(given[0], output)
 
-        return [self.module.register_forward_hook(hook).remove]
+        return [_after_call(self.module, seen)]
 
     def accumulators(self, forms: Forms) -> Dict[str, Accumulator]:
         made: Dict[str, Accumulator] = {}
@@ -407,15 +486,17 @@ class AffineSite(Site):
             made.update(vector_accumulators(target, forms))
         return made
 
+    def keep_targets(self) -> None:
+        super().keep_targets()
+        self.vectors = {key: target for key, target in self.vectors.items() if target in self.targets}
+
     def observe(self, x: Tensor, y: Tensor) -> Tensor:
-        recorder = self.recorder
-        if recorder.seen is not None:
-            recorder.note(self, x)
+        if self.recorder.seen is not None:
             self._check(x, y)
-        if not self.collecting:
+        if not self._called(x, tuple(x.shape[:-1])):
             return y
         y = self._await(y, Call(x.detach(), x._version, tuple(y.shape), 0))
-        self._noted(x)
+        self._noted()
         return y
 
     def _with(self, attribute: str, value: Tensor, x: Tensor) -> Tensor:
@@ -428,6 +509,14 @@ class AffineSite(Site):
             finally:
                 self.module._parameters[attribute] = parameter
 
+    def _call(self, x: Tensor) -> Tensor:
+        with torch.no_grad(), self.recorder.paused():
+            return self.module(x)
+
+    def _close(self, a: Tensor, b: Tensor, size_of: Tensor) -> bool:
+        size = float(size_of.abs().max()) + 1e-30 if size_of.numel() else 1.0
+        return a.numel() == 0 or float((a - b).abs().max()) <= self.TOLERANCE * size
+
     def _slope(self, attribute: str, x: Tensor) -> Tuple[Tensor, Tensor]:
         """(f(0), J) `[like y]`."""
         parameter = self.module._parameters[attribute]
@@ -436,7 +525,16 @@ class AffineSite(Site):
         return zero, self._with(attribute, torch.ones_like(parameter), x) - zero
 
     def _check(self, x: Tensor, y: Tensor) -> None:
-        x = x.detach()
+        x, y = x.detach(), y.detach()
+        try:
+            again = self._call(x)
+        except Exception as error:  # of the module's own: torch 1.13 hides that it needs keywords
+            self.unfit = f"it cannot be called with its input alone ({type(error).__name__})"
+            return
+        # What it gave out in the model is what is differentiated: keywords or a state may take part in it.
+        if again.shape != y.shape or not self._close(again, y, y):
+            self.unfit = "its output is not that of its input alone"
+            return
         for attribute, target in self.vectors.items():
             d = 1
             for dim in target.shape:
@@ -446,12 +544,11 @@ class AffineSite(Site):
             generator = torch.Generator().manual_seed(d)
             probe = torch.rand(d, generator=generator) + 0.5
             found = self._with(attribute, probe, x)
-            size = float(found.abs().max()) + 1e-30 if found.numel() else 1.0
             for axis in candidates:
                 shape = [1] * y.dim()
                 shape[axis] = d
                 expected = zero + slope * probe.to(slope).reshape(shape)
-                if float((found - expected).abs().max()) <= self.TOLERANCE * size:
+                if self._close(found, expected, found):
                     self.axes[attribute] = axis
                     break
             else:
@@ -468,7 +565,7 @@ class AffineSite(Site):
                 axis = self.axes[attribute]
                 if axis != product.dim() - 1:
                     product = product.movedim(axis, -1)
-                part = self.split(product).sum(1)
+                part = self.by_example(product).sum(1)
                 rows = part if rows is None else rows + part
             if rows is None:
                 rows = torch.zeros(self.recorder.examples, target.shape[-1])
@@ -478,40 +575,37 @@ class AffineSite(Site):
 class EmbeddingSite(Site):
     """A table of rows by index. Only the squares of its gradient, and only where asked for."""
 
-    def __init__(self, recorder: Recorder, name: str, stream: str, batch_dim: int, module: nn.Embedding,
-                 target: Target) -> None:
-        super().__init__(recorder, name, stream, batch_dim)
+    def __init__(self, recorder: Recorder, name: str, stream: str, module: nn.Embedding, target: Target) -> None:
+        super().__init__(recorder, name, stream)
         self.module, self.target = module, target
         self.targets = [target]
 
     def attach(self) -> List[Callable[[], None]]:
-        def hook(_module: nn.Module, args: Tuple[Any, ...], output: Any) -> Any:
-            return self.observe(args[0], output) if self.recorder.active and args else None
+        def seen(args: Tuple[Any, ...], kwargs: Dict[str, Any], output: Any) -> Any:
+            ids = _input_of(args, kwargs)
+            return self.observe(ids, output) if self.recorder.active and ids is not None else None
 
-        return [self.module.register_forward_hook(hook).remove]
+        return [_after_call(self.module, seen)]
 
     def accumulators(self, forms: Forms) -> Dict[str, Accumulator]:
         return {f"{self.target.name}/{K.FISHER_DIAGONAL}": Squares(self.target.shape)}
 
     def observe(self, ids: Tensor, y: Tensor) -> Tensor:
-        recorder = self.recorder
-        if recorder.seen is not None:
-            recorder.note(self, ids)
-        if not self.collecting:
+        if not self._called(ids[..., None], tuple(ids.shape)):
             return y
         y = self._await(y, Call(ids, ids._version, tuple(y.shape[:-1]), 0))
-        self._noted(ids)
+        self._noted()
         return y
 
     def add_gradients(self, calls: Sequence[Call]) -> None:
         key = f"{self.target.name}/{K.FISHER_DIAGONAL}"
-        self.counts[key] += self.recorder.examples
         sums = self.sums[key]
         assert isinstance(sums, Squares)
-        parts = [(call.x, self.split(call.gradient)) for call in calls if call.gradient is not None and call.x is not None]
+        parts = [(call.x, self.by_example(call.gradient)) for call in calls
+                 if call.gradient is not None and call.x is not None]
         if not parts:
             return
-        ids = torch.cat([self.split(x[..., None])[..., 0] for x, _ in parts], 1)
+        ids = torch.cat([self.by_example(x[..., None])[..., 0] for x, _ in parts], 1)
         gradients = torch.cat([g for _, g in parts], 1)
         total = sums.sum(gradients)
         for one, g in zip(ids, gradients):
@@ -527,9 +621,9 @@ class EmbeddingSite(Site):
 class ScaleSite(Site):
     """(IA)³ of PEFT: a vector that scales a layer's output, or (feed-forward) its input."""
 
-    def __init__(self, recorder: Recorder, name: str, stream: str, batch_dim: int, outer: nn.Module, inner: nn.Module,
-                 on_input: bool, target: Target) -> None:
-        super().__init__(recorder, name, stream, batch_dim)
+    def __init__(self, recorder: Recorder, name: str, stream: str, outer: nn.Module, inner: nn.Module, on_input: bool,
+                 target: Target) -> None:
+        super().__init__(recorder, name, stream)
         self.outer, self.inner, self.on_input, self.target = outer, inner, on_input, target
         self.targets = [target]
         self._x: Optional[Tensor] = None
@@ -561,20 +655,17 @@ class ScaleSite(Site):
         return vector_accumulators(self.target, forms)
 
     def observe(self, unscaled: Tensor, scaled: Tensor) -> Tensor:
-        recorder = self.recorder
         self._x = None
-        if recorder.seen is not None:
-            recorder.note(self, unscaled)
-        if not self.collecting:
+        if not self._called(unscaled, tuple(unscaled.shape[:-1])):
             return scaled
         scaled = self._await(scaled, Call(unscaled.detach(), unscaled._version, tuple(scaled.shape), 0))
-        self._noted(unscaled)
+        self._noted()
         return scaled
 
     def add_gradients(self, calls: Sequence[Call]) -> None:
         rows = torch.zeros(self.recorder.examples, max(self.target.shape))
         for call in calls:
             if call.gradient is not None and call.x is not None:
-                rows = rows.to(call.gradient) + self.split(call.gradient * call.x).sum(1)
+                rows = rows.to(call.gradient) + self.by_example(call.gradient * call.x).sum(1)
         self._add_vectors(self.target, rows)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CollectError
+from .layouts import FIRST, SECOND, STRIDED
 
 IGNORED = -100  # label of a position that is no target
 
@@ -20,10 +21,13 @@ IGNORED = -100  # label of a position that is no target
 TokenRule = Callable[[str, Any], Optional[Tensor]]
 
 _VISION = re.compile(r"(^|\.)(vision_model|vision_tower|visual|visual_projection|image_encoder)(\.|$)")
-_ENCODER = re.compile(r"(^|\.)encoder(\.|$)")
-# Keys and values of cross-attention are computed from the encoder's tokens (T5, BART and BERT names).
+# The outermost of the two says where a module is: a decoder may be a BERT, which has an `encoder` of its own.
+_SIDE = re.compile(r"(^|\.)(encoder|decoder)(\.|$)")
+# Keys and values of cross-attention are computed from the encoder's tokens (T5, BART, BERT, GPT-2 and ProphetNet names),
+# by whatever is inside such a projection too (LoRA); and so is what fits the encoder's width to the decoder's.
 _CROSS_KEY_VALUE = re.compile(
-    r"(^|\.)(EncDecAttention|encoder_attn|crossattention|cross_attention|cross_attn)\.(.*\.)?(k|v|k_proj|v_proj|key|value)$"
+    r"(^|\.)(EncDecAttention|encoder_attn|crossattention|cross_attention|cross_attn)\.(.*\.)?"
+    r"(k|v|k_proj|v_proj|key|value|key_proj|value_proj|c_attn)(\.|$)|(^|\.)enc_to_dec_proj(\.|$)"
 )
 
 
@@ -33,7 +37,8 @@ def stream_of(name: str, encoder_decoder: bool) -> str:
         return "vision"
     if not encoder_decoder:
         return "tokens"
-    if _ENCODER.search(name) or _CROSS_KEY_VALUE.search(name):
+    side = _SIDE.search(name)
+    if (side is not None and side.group(2) == "encoder") or _CROSS_KEY_VALUE.search(name):
         return "encoder"
     return "decoder"
 
@@ -52,6 +57,10 @@ def _target_mask(batch: Mapping[str, Any]) -> Optional[Tensor]:
     return mask
 
 
+def _shown(lead: Tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, lead))}, …]"
+
+
 class TokenMasks:
     """The masks of one batch. `tokens`: `attended`, `target`, `all`, or a [`TokenRule`]."""
 
@@ -63,7 +72,7 @@ class TokenMasks:
         self.rule = tokens if callable(tokens) else None
         self.encoder_decoder = encoder_decoder
         self.masks: Dict[str, Optional[Tensor]] = {"vision": None, "tokens": None, "encoder": None, "decoder": None}
-        self._index: Dict[Tuple[str, int, int], Tuple[Optional[Tensor], Optional[Tensor], float]] = {}
+        self._index: Dict[Any, Tuple[Optional[Tensor], Optional[Tensor], float]] = {}
         if self.rule is None and tokens != "all" and isinstance(batch, Mapping):
             attention = batch.get("attention_mask")
             attended = attention != 0 if isinstance(attention, Tensor) and attention.dim() >= 2 else None
@@ -92,55 +101,79 @@ class TokenMasks:
             return f"module {name}", mask if mask is None else mask != 0
         return stream, self.masks[stream]
 
-    def rows(self, x: Tensor, name: str, stream: str, batch_dim: int) -> Tuple[Tensor, float]:
-        """The rows `[R, n]` of `x` `[..., n]` that count, scaled by the root of their weights, and their number.
+    def rows(self, x: Tensor, name: str, stream: str, split: Optional[str], root: bool = True) -> Tuple[Tensor, float]:
+        """The rows `[R, n]` of `x` `[..., n]` that count, scaled by (the `root` of) their weights, and their number.
 
-        Weighted by example, rows of one example weigh one together, and the number is that of examples.
+        Weighted by example, rows of one example weigh one together, and the number is that of examples. The root is for
+        sums of products of two rows; sums of rows take the weight itself.
         """
-        n = x.shape[-1]
-        flat = x.reshape(-1, n)
-        key, mask = self.mask(name, stream)
-        found = self._index.get((key, flat.shape[0], batch_dim))
-        if found is None:
-            found = self._resolve(x, flat.shape[0], name, mask, batch_dim)
-            self._index[key, flat.shape[0], batch_dim] = found
-        index, scale, count = found
+        flat = x.reshape(-1, x.shape[-1])
+        index, weight, count = self.counted(tuple(x.shape[:-1]), name, stream, split)
         if index is not None:
             flat = flat.index_select(0, index.to(flat.device))
-        if scale is not None:
-            flat = flat * scale.to(device=flat.device, dtype=flat.dtype)[:, None]
+        if weight is not None:
+            flat = flat * (weight.sqrt() if root else weight).to(device=flat.device, dtype=flat.dtype)[:, None]
         return flat, count
 
-    def _resolve(self, x: Tensor, rows: int, name: str, mask: Optional[Tensor],
-                 batch_dim: int) -> Tuple[Optional[Tensor], Optional[Tensor], float]:
+    def counted(self, lead: Tuple[int, ...], name: str, stream: str, split: Optional[str],
+                strict: bool = False) -> Tuple[Optional[Tensor], Optional[Tensor], float]:
+        """(which rows of `[*lead, n]` count, what each weighs, their number); `None`: all, and one.
+
+        `strict`: a mask must say so though all of it counts in this batch.
+        """
+        key, mask = self.mask(name, stream)
+        found = self._index.get((key, lead, split, strict))
+        if found is None:
+            found = self._index[key, lead, split, strict] = self._resolve(lead, name, mask, split, strict)
+        return found
+
+    def _resolve(self, lead: Tuple[int, ...], name: str, mask: Optional[Tensor], split: Optional[str],
+                 strict: bool) -> Tuple[Optional[Tensor], Optional[Tensor], float]:
         examples = self.examples
-        if mask is not None and rows == examples and rows != mask.numel():
+        rows = 1
+        for dim in lead:
+            rows *= dim
+        if mask is not None and rows == examples and rows != mask.numel() and (split == FIRST or examples == 1):
             mask = None  # pooled: one row an example
-        if mask is None:
-            if rows % examples:
+        if mask is not None and not self._fits(lead, rows, mask, split):
+            # Where nothing is padded there is nothing to leave out, whatever rows these are.
+            if strict or self.rule is not None or self.by_example or not bool(mask.all()):
                 raise CollectError(
-                    f"module `{name}`: its input {list(x.shape)} is not split by the batch's {examples} examples; "
-                    "exclude it, or give batches of one example"
+                    f"module `{name}`: its input {_shown(lead)} does not fit the token mask {list(mask.shape)}; "
+                    "exclude it, or say which tokens count (`tokens`: `all`, or a function)"
                 )
+            mask = None
+        if mask is None:
             if not self.by_example:
                 return None, None, float(rows)
-            return None, torch.full((rows,), (examples / rows) ** 0.5), float(examples)
-        repeats = rows // mask.numel() if mask.numel() else 0
-        lead = list(x.shape[:-1])
-        shape = list(mask.shape) if batch_dim == 0 else [mask.shape[1], mask.shape[0]]
-        if repeats == 0 or rows != repeats * mask.numel() or (repeats > 1 and lead[:2] != shape):
-            raise CollectError(
-                f"module `{name}`: its input {list(x.shape)} does not fit the token mask {list(mask.shape)}; "
-                "exclude it, or say which tokens count (`tokens`: `all`, or a function)"
-            )
-        along = (mask if batch_dim == 0 else mask.t()).reshape(-1)
-        along = along.repeat_interleave(repeats)
+            if rows % examples or (split is None and examples > 1):
+                raise CollectError(
+                    f"module `{name}`: its input {_shown(lead)} is not split by the batch's {examples} examples; "
+                    "exclude it, or give batches of one example"
+                )
+            return None, torch.full((rows,), examples / max(rows, 1), dtype=torch.float64), float(examples)
+        repeats = rows // mask.numel()
+        turned = examples > 1 and split in (SECOND, STRIDED)
+        along = (mask.t() if turned else mask).reshape(-1).repeat_interleave(repeats)
         index = None if bool(along.all()) else along.nonzero().squeeze(1)
         if not self.by_example:
             return index, None, float(rows if index is None else index.numel())
         per_example = mask.reshape(examples, -1).sum(1)
         owner = torch.arange(examples, device=mask.device).repeat_interleave(mask.numel() // examples).reshape(mask.shape)
-        owner = (owner if batch_dim == 0 else owner.t()).reshape(-1).repeat_interleave(repeats)
+        owner = (owner.t() if turned else owner).reshape(-1).repeat_interleave(repeats)
         owner = owner if index is None else owner[index]
-        scale = (1.0 / (per_example[owner].double() * repeats)).sqrt()
-        return index, scale, float((per_example > 0).sum())
+        return index, 1.0 / (per_example[owner].double() * repeats), float((per_example > 0).sum())
+
+    def _fits(self, lead: Tuple[int, ...], rows: int, mask: Tensor, split: Optional[str]) -> bool:
+        """Whether the mask says which rows count: they are its positions, one after the other, or several of each."""
+        if mask.numel() == 0 or rows == 0 or rows % mask.numel():
+            return False
+        batch, length = mask.shape[0], mask.numel() // mask.shape[0]
+        if self.examples == 1:
+            return rows == mask.numel() or lead[:2] in ((1, length), (length, 1))
+        if split == FIRST:
+            return lead[:2] == (batch, length) or (lead[0] == batch and rows == mask.numel())
+        if split == SECOND:
+            return lead[:2] == (length, batch)
+        # Windows or chunks of an example need not be in its order.
+        return split is not None and len(lead) == 1 and rows == mask.numel()
