@@ -1,7 +1,7 @@
 """Running sums of one statistic each: Grams, sketches, means, squares of per-example gradients.
 
 Sums are f32, or f64 for f64 activations: what arrives in 16 bits is widened first. A sum is allocated with its first
-addition and given out once, in pieces, already divided and rounded to the dtype of the file.
+addition and given out once, in pieces, already divided.
 """
 
 from __future__ import annotations
@@ -35,19 +35,23 @@ class Accumulator:
         """Held while summing, in f32."""
         raise NotImplementedError
 
-    def pieces(self, count: float, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The statistic, sum / `count`, row-major in 1-D pieces. The sum is spent."""
+    def pieces(self, count: float) -> Iterator[Tensor]:
+        """The statistic, sum / `count`, row-major in 1-D pieces, not rounded yet. The sum is spent."""
         raise NotImplementedError
+
+    def diagonal(self, count: float) -> Optional[Tensor]:
+        """What is on the diagonal of the statistic, before [`pieces`]; `None` where it has none."""
+        return None
 
     def error_bound(self, count: float) -> Optional[float]:
         """Spectral norm that an approximation may be off by, `None` for exact sums."""
         return None
 
 
-def _flat(total: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+def _flat(total: Tensor) -> Iterator[Tensor]:
     flat = total.reshape(-1)
     for start in range(0, flat.numel(), PIECE):
-        yield flat[start : start + PIECE].to(dtype).cpu()
+        yield flat[start : start + PIECE]
 
 
 class Gram(Accumulator):
@@ -66,10 +70,13 @@ class Gram(Accumulator):
             stop = min(start + BLOCK, self.n)
             self.total[start:stop, :stop].addmm_(rows[:, start:stop].t(), rows[:, :stop])
 
+    def diagonal(self, count: float) -> Optional[Tensor]:
+        return None if self.total is None else self.total.diagonal() / max(count, 1.0)
+
     def bytes(self) -> int:
         return 4 * self.n * self.n
 
-    def pieces(self, count: float, dtype: torch.dtype) -> Iterator[Tensor]:
+    def pieces(self, count: float) -> Iterator[Tensor]:
         total, self.total = self.total, None
         if total is None:
             total = torch.zeros(self.n, self.n)
@@ -78,7 +85,7 @@ class Gram(Accumulator):
             # What lies above the diagonal was summed in part.
             for i in range(self.n):
                 total[i, i + 1 :] = total[i + 1 :, i]
-            yield from _flat(total, dtype)
+            yield from _flat(total)
             return
         rows: List[Tensor] = []
         held = 0
@@ -86,7 +93,7 @@ class Gram(Accumulator):
             rows.append(total[i, : i + 1])
             held += i + 1
             if held >= PIECE or i == self.n - 1:
-                yield torch.cat(rows).to(dtype).cpu()
+                yield torch.cat(rows)
                 rows, held = [], 0
 
 
@@ -104,11 +111,11 @@ class Mean(Accumulator):
     def bytes(self) -> int:
         return 4 * self.shape[0]
 
-    def pieces(self, count: float, dtype: torch.dtype) -> Iterator[Tensor]:
+    def pieces(self, count: float) -> Iterator[Tensor]:
         total, self.total = self.total, None
         if total is None:
             total = torch.zeros(self.shape)
-        yield from _flat(total / max(count, 1.0), dtype)
+        yield from _flat(total / max(count, 1.0))
 
 
 class Sketch(Accumulator):
@@ -158,12 +165,12 @@ class Sketch(Accumulator):
         # The buffer and its f64 copy while it shrinks, twice.
         return 2 * self.rank * self.n * (4 + 8 + 8) + 3 * 8 * (2 * self.rank) ** 2
 
-    def pieces(self, count: float, dtype: torch.dtype) -> Iterator[Tensor]:
+    def pieces(self, count: float) -> Iterator[Tensor]:
         if self.buffer is not None and self.filled > self.rank:
             self._shrink()
         buffer, self.buffer = self.buffer, None
         total = torch.zeros(self.shape) if buffer is None else buffer[: self.rank] / max(count, 1.0) ** 0.5
-        yield from _flat(total, dtype)
+        yield from _flat(total)
 
     def error_bound(self, count: float) -> Optional[float]:
         if self.buffer is not None and self.filled > self.rank:
@@ -222,8 +229,11 @@ class Squares(Accumulator):
             elements *= dim
         return 2 * 4 * elements
 
-    def pieces(self, count: float, dtype: torch.dtype) -> Iterator[Tensor]:
+    def diagonal(self, count: float) -> Optional[Tensor]:
+        return None if self.total is None else self.total.reshape(-1) / max(count, 1.0)
+
+    def pieces(self, count: float) -> Iterator[Tensor]:
         total, self.total, self._product = self.total, None, None
         if total is None:
             total = torch.zeros(self.shape)
-        yield from _flat(total.div_(max(count, 1.0)), dtype)
+        yield from _flat(total.div_(max(count, 1.0)))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -34,12 +33,14 @@ from .progress import Progress
 from .sites import AffineSite, AllSeen, Forms, ProductSite, Recorder, Site, Target, vector_accumulators
 from .statistics import Statistics
 from .tokens import TokenMasks, TokenRule, is_encoder_decoder
-from .writer import Entry, FileSink, MemorySink, Sink
+from .writer import Entry, FileSink, MemorySink, Sink, leftovers
 
 Batches = Union[Iterable[Any], Callable[[], Iterable[Any]]]
 
 # Of `max_memory`, kept for what the allocator and the interpreter take besides.
 SLACK = 16 << 20
+# Relative to a statistic's norm: what float16 may take off it. Rounding alone takes 2^-11 at most.
+F16_LOSS = 1e-3
 # Examples of the first batch that tell which modules are called, and how their inputs are split.
 LOOKED_AT = 3
 
@@ -184,8 +185,10 @@ class Collector:
         self.calls: List[Optional[Counter[Site]]] = []
         self.sharers: List[ProductSite] = []
         self.padded: Dict[str, bool] = {}
-        # Whether any log-likelihood was not 0.
+        # Whether any log-likelihood was not 0; whether anything is a mean over more than nothing, and what is not.
         self.informed = False
+        self.counted = False
+        self.empty: List[str] = []
 
     # --- batches -----------------------------------------------------------------------------------------------------
 
@@ -197,10 +200,11 @@ class Collector:
         """Takes the first batch; one that is from an iterator is given out again."""
         iterator = self._iterate()
         self.one_shot = iterator is self.batches
-        try:
-            self.first = next(iterator)
-        except StopIteration:
-            raise CollectError("batches: there are none") from None
+        for self.first in iterator:
+            if batch_size(self.first_inputs()):
+                break
+        else:
+            raise CollectError("batches: there are none" if self.first is None else "batches: they have no examples")
         if self.one_shot:
             self.rest = iterator
 
@@ -238,6 +242,8 @@ class Collector:
                 raise CollectError(f"batches: batch {at} is not the one that it was in an earlier pass; give the same batches, in "
                                    "one order, whenever they are asked for")
             yield step
+        if at < len(self.digests):
+            raise CollectError(f"batches: {len(self.digests)} in an earlier pass and {at} in this one; give the same each time")
 
     def stream_digest(self) -> str:
         """Stands for all batches of a pass."""
@@ -650,11 +656,14 @@ def collect(
         raise CollectError("kinds: factors need a `rank`")
     if resume and out is None:
         raise CollectError("resume: needs `out`, where the interrupted run wrote")
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise CollectError("the model or the call is in torch.inference_mode, where nothing has a gradient; leave it (torch.no_grad "
+                           "does not matter)")
     options = Options(checked, tokens, fisher, likelihood, weighting, seed, dtype, Forms(packed, rank), examples)
     shown = progress if isinstance(progress, Progress) else Progress(progress)
     collector = Collector(model, batches, resolve(loss, likelihood), options, shown)
     collector.peek()
-    with prepared(model):
+    with torch.enable_grad(), prepared(model):
         found = Discovery(model, collector.recorder, checked, modules, exclude, adapters, embeddings, max_side).run()
         removers: List[Callable[[], None]] = []
         try:
@@ -722,11 +731,16 @@ def _run(collector: Collector, found: Found, share: bool, single_examples: bool,
         if isinstance(site, ProductSite) and site.layout.transposed and site.weight is not None:
             # Such a weight's rows are its inputs: `output_*` is the side of its rows, here its inputs.
             stated[f"layout:{site.weight.name}"] = "in,out"
+    mark = stated["run"] = _fingerprint(collector.model, collector.first, options, stated, list(entries))
     sink: Sink = MemorySink()
     if out is not None:
+        finished = _finished(out, mark) if resume else None
+        if finished is not None:
+            progress.say(f"{out}: is finished already")
+            finished.notes.update(found.left_out)
+            return finished
         # Later come: counts, and one bound for each sketch.
         room_for = len(json.dumps(stated)) + sum(len(key) + 48 for key in entries)
-        mark = _fingerprint(collector.model, collector.first, options, stated, list(entries))
         sink = FileSink(out, list(entries.values()), options.dtype, room_for, mark, resume)
     try:
         notes = _run_passes(collector, passes, entries, sink)
@@ -738,6 +752,9 @@ def _run(collector: Collector, found: Found, share: bool, single_examples: bool,
     held = memory.peak()
     if max_memory is not None and held is not None and held > memory.parse_size(max_memory):
         progress.say(f"held {memory.show_size(held)}, more than max_memory: a batch was larger than the first")
+    for key in collector.empty:
+        found.left_out[key] = "no token of its module counts in any batch: zeros"
+        progress.say(f"{key}: {found.left_out[key]}")
     stated.update(notes)
     stated.update({"format": K.FORMAT, "fisher": options.fisher, "seed": str(options.seed),
                    "likelihood": options.likelihood, "weighting": options.weighting})
@@ -747,11 +764,30 @@ def _run(collector: Collector, found: Found, share: bool, single_examples: bool,
     return Statistics({}, stated, found.left_out, path=out)
 
 
+def _finished(out: Path, mark: str) -> Optional[Statistics]:
+    """What the same run has finished before; of a run that was killed right after that a journal is left."""
+    if not out.exists():
+        return None
+    found = Statistics.load(out)
+    if found.metadata.get("run") != mark:
+        raise CollectError(f"{out}: is already there, of another run (other model, data or options); give another path or remove it")
+    for left in leftovers(out):
+        left.unlink(missing_ok=True)
+    return found
+
+
 def _run_passes(collector: Collector, passes: Sequence[Sequence[Site]], entries: Mapping[str, Entry],
                 sink: Sink) -> Dict[str, str]:
     """All passes that are not done; returns what goes into the metadata."""
     options, progress = collector.options, collector.progress
     done = sink.done()
+    collector.counted = bool(done)
+    batches = sink.notes().get("batches")
+    if batches is not None and not collector.one_shot:
+        # What was summed before and what is to come must be of the same batches: known before hours are spent.
+        for _ in collector.steps():
+            pass
+        _same_batches(collector, batches)
     # One iterator gives all its batches to one pass.
     todo = [[s for s in sites if not set(s.accumulators(options.forms)) <= done] for sites in passes]
     # A site without sums of its own (all aliased) has nothing to do.
@@ -778,21 +814,29 @@ def _run_passes(collector: Collector, passes: Sequence[Sequence[Site]], entries:
                 collector.run_singles(step, singles)
             examples += step.examples
             progress.step(at, number, examples)
-        if not examples:
-            raise CollectError("batches: they have no examples")
+        if batches is not None:
+            _same_batches(collector, batches)
         if gradient and not collector.informed and not collector.recorder.moved:
             raise CollectError("loss: every example has log-likelihood 0 and no gradient; have they labels that are not all "
                                "ignored (-100)?")
         _finish_pass(collector, sites, entries, sink, examples, streams)
         memory.give_back()
-    return {key: str(value) for key, value in sink.notes().items()}
+    if not collector.counted:
+        raise CollectError("tokens: none counts in any batch; look at attention_mask and labels, or give tokens=`all`")
+    return {key: str(value) for key, value in sink.notes().items() if key != "batches"}
+
+
+def _same_batches(collector: Collector, batches: str) -> None:
+    if collector.stream_digest() != batches:
+        raise CollectError("resume: the batches are not those of the interrupted run; give the same, or remove what it left "
+                           "to start anew")
 
 
 def _finish_pass(collector: Collector, sites: Sequence[Site], entries: Mapping[str, Entry], sink: Sink, examples: int,
                  streams: Mapping[str, float]) -> None:
     """Writes the sums of a pass, each freed once it is written."""
     options = collector.options
-    notes: Dict[str, Any] = {"examples": examples}
+    notes: Dict[str, Any] = {"examples": examples, "batches": collector.stream_digest()}
     counts: Dict[str, Counter[float]] = {}
     finished: List[str] = []
     for site in sites:
@@ -800,10 +844,14 @@ def _finish_pass(collector: Collector, sites: Sequence[Site], entries: Mapping[s
             # Fishers are means over all examples, also those that did not call the module.
             fisher = key.rsplit("/", 1)[1] in K.FISHER_KINDS
             sums, count = site.sums.pop(key), float(examples) if fisher else site.counts[key]
+            if count:
+                collector.counted = True
+            else:
+                collector.empty.append(key)
             bound = sums.error_bound(count)
             if bound is not None:
                 notes[f"error:{key}"] = f"{bound:.6g}"
-            sink.write(entries[key], _finite(key, sums.pieces(count, K.DTYPES[options.dtype][1])))
+            sink.write(entries[key], _rounded(key, sums, count, K.DTYPES[options.dtype][1]))
             finished.append(key)
             if isinstance(site, ProductSite) and not fisher:
                 counts.setdefault(site.stream, Counter())[count] += 1
@@ -818,9 +866,28 @@ def _finish_pass(collector: Collector, sites: Sequence[Site], entries: Mapping[s
     sink.pass_finished(finished, notes)
 
 
-def _finite(key: str, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-    for piece in pieces:
-        if not bool(torch.isfinite(piece.float()).all()):
-            value = next(v for v in piece.float().tolist() if not math.isfinite(v))
-            raise CollectError(f"`{key}` has the value {value}; look for examples that overflow, or store another dtype")
-        yield piece
+def _rounded(key: str, sums: Accumulator, count: float, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The statistic in the dtype of the file; refused where that is not what was summed, to rounding."""
+    narrow = dtype == torch.float16
+    if narrow:
+        # Below its smallest normal number f16 has fewer digits, and then none.
+        diagonal = sums.diagonal(count)
+        if diagonal is not None:
+            lost = (diagonal != 0) & (diagonal.abs() < torch.finfo(dtype).tiny)
+            if bool(lost.any()):
+                raise CollectError(f"`{key}`: {int(lost.sum())} of the {diagonal.numel()} elements of its diagonal are below what "
+                                   "float16 holds; store bfloat16 or float32 (dtype, --dtype)")
+    size = off = 0.0
+    for wide in sums.pieces(count):
+        piece = wide.to(dtype)
+        if not bool(torch.isfinite(piece).all()):
+            value = float(wide[~torch.isfinite(piece)][0])
+            raise CollectError(f"`{key}` has the value {value:.6g}, which {str(dtype)[6:]} does not hold; look for examples that "
+                               "overflow, or store another dtype")
+        if narrow:
+            size += float(wide.double().square().sum())
+            off += float((wide.double() - piece.double()).square().sum())
+        yield piece.cpu()
+    if off > F16_LOSS**2 * size:
+        raise CollectError(f"`{key}`: float16 would lose {(off / size) ** 0.5:.2g} of it, as it is mostly below what float16 holds; "
+                           "store bfloat16 or float32 (dtype, --dtype)")

@@ -85,14 +85,18 @@ class MemorySink(Sink):
         pass
 
 
+def leftovers(path: Path) -> Tuple[Path, Path]:
+    """Where a run that is not finished keeps its file and its journal."""
+    return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.journal")
+
+
 class FileSink(Sink):
     """A file of known keys. `fingerprint` stands for everything that decides its values."""
 
     def __init__(self, path: Path, entries: Sequence[Entry], dtype: str, header_bytes: int, fingerprint: str,
                  resume: bool) -> None:
         self.path, self.dtype_name = path, K.DTYPES[dtype][0]
-        self.partial = path.with_name(f".{path.name}.partial")
-        self.journal = path.with_name(f".{path.name}.journal")
+        self.partial, self.journal = leftovers(path)
         self.width = torch.empty(0, dtype=K.DTYPES[dtype][1]).element_size()
         self.offsets: Dict[str, Tuple[Entry, int]] = {}
         at = 0
