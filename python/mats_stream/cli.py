@@ -76,9 +76,11 @@ def _load(classes: Any, args: argparse.Namespace) -> Any:
         transformers.utils.logging.disable_progress_bar()
     major = int(str(transformers.__version__).split(".")[0])
     try:
-        model = classes.from_pretrained(args.model, **{"dtype" if major >= 5 else "torch_dtype": dtype})
+        model, info = classes.from_pretrained(args.model, output_loading_info=True,
+                                              **{"dtype" if major >= 5 else "torch_dtype": dtype})
     except (OSError, ValueError, KeyError) as error:
-        raise CollectError(f"{args.model}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise CollectError(f"{args.model}: cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+    missing = sorted(info.get("missing_keys") or ())
     if args.adapter is not None:
         try:
             import peft
@@ -88,7 +90,33 @@ def _load(classes: Any, args: argparse.Namespace) -> Any:
             model = peft.PeftModel.from_pretrained(model, args.adapter)
         except (OSError, ValueError) as error:
             raise CollectError(f"{args.adapter}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        # A head that was trained with the adapter is saved in it.
+        saved = {part for config in model.peft_config.values() for part in getattr(config, "modules_to_save", None) or ()}
+        missing = [name for name in missing if not saved & set(name.split("."))]
+    if missing:
+        raise CollectError(f"{args.model}: has no {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}, which "
+                           f"{type(model).__name__} needs for --task {args.task}: they would be random; give the task that the "
+                           "model was fine-tuned for")
     return model.to(args.device)
+
+
+def _check_place(place: str, option: str) -> None:
+    """Refuses a directory that is not there before the hub is asked for a model of that name."""
+    path = Path(place)
+    seems_path = place.startswith((".", "/", "~")) or place.count("/") > 1 or ("/" in place and path.parent.is_dir())
+    if seems_path and not path.exists():
+        raise CollectError(f"{option}{place}: does not exist")
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CollectError(f"--device: `{name}` is none (expected cpu, cuda, cuda:1)") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CollectError(f"--device: there is no {name}; torch sees {torch.cuda.device_count()} GPUs")
 
 
 def _tokenizer(args: argparse.Namespace) -> Any:
@@ -119,9 +147,16 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if not out.parent.is_dir():
         raise CollectError(f"{out}: its directory does not exist")
+    if out.exists() and not args.resume:
+        raise CollectError(f"{out}: is already there; give another path or remove it")
     if args.max_memory is not None:
         memory.parse_size(args.max_memory)
-    kinds = K.check_kinds([kind for kind in args.kinds.split(",") if kind])
+    kinds = K.check_kinds([kind.strip() for kind in args.kinds.split(",") if kind.strip()])
+    _check_place(args.model, "")
+    for option in ("adapter", "tokenizer"):
+        if getattr(args, option) is not None:
+            _check_place(getattr(args, option), f"--{option} ")
+    _check_device(args.device)
 
     import torch
 
@@ -142,7 +177,12 @@ def run(args: argparse.Namespace) -> None:
     model = _load(getattr(transformers, auto), args)
     tokenizer = _tokenizer(args)
     config = model.config
-    reader = Reader(Path(args.data), args.task, tokenizer, args.max_length, getattr(config, "label2id", None) or {})
+    try:
+        words = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        words = None
+    reader = Reader(Path(args.data), args.task, tokenizer, args.max_length, getattr(config, "label2id", None) or {},
+                    classes=getattr(config, "num_labels", None), words=getattr(words, "num_embeddings", None))
     examples = reader.examples(records)
     pad = next((value for value in (getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None))
                 if isinstance(value, int)), 0)

@@ -768,7 +768,10 @@ def _finished(out: Path, mark: str) -> Optional[Statistics]:
     """What the same run has finished before; of a run that was killed right after that a journal is left."""
     if not out.exists():
         return None
-    found = Statistics.load(out)
+    try:
+        found = Statistics.load(out)
+    except Exception as error:  # safetensors' own errors are no OSErrors
+        raise CollectError(f"{out}: is already there and is no statistics file; give another path or remove it") from error
     if found.metadata.get("run") != mark:
         raise CollectError(f"{out}: is already there, of another run (other model, data or options); give another path or remove it")
     for left in leftovers(out):

@@ -45,7 +45,7 @@ def read_lines(path: Path, limit: Optional[int], fields: Mapping[str, str]) -> L
     """The first `limit` objects, their fields renamed: `fields` maps our names to the file's."""
     records: List[Dict[str, Any]] = []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a mark
             for number, line in enumerate(file, 1):
                 if limit is not None and len(records) == limit:
                     break
@@ -73,12 +73,21 @@ def read_lines(path: Path, limit: Optional[int], fields: Mapping[str, str]) -> L
 class Reader:
     """Makes examples of one task. `tokenizer` may be `None` where every line is tokenised."""
 
-    def __init__(self, path: Path, task: str, tokenizer: Any, max_length: int, label2id: Mapping[str, int]) -> None:
+    def __init__(self, path: Path, task: str, tokenizer: Any, max_length: int, label2id: Mapping[str, int],
+                 classes: Optional[int] = None, words: Optional[int] = None) -> None:
         self.path, self.task, self.tokenizer, self.max_length = path, task, tokenizer, max_length
+        self.classes, self.words = classes, words
         self.label2id = {str(name): int(place) for name, place in label2id.items()}
 
     def examples(self, records: Sequence[Mapping[str, Any]]) -> List[Example]:
         found = [self.example(i, record) for i, record in enumerate(records)]
+        for example, record in zip(found, records):
+            targets = example.labels if isinstance(example.labels, list) else []
+            ids = [*example.input_ids, *(label for label in targets if label != IGNORED), *sum(example.choices or [], [])]
+            wrong = [] if self.words is None else [id for id in ids if not 0 <= id < self.words]
+            if wrong:
+                raise CollectError(f"{self.path}:{record['line']}: token {wrong[0]} is none of the model's {self.words}; is the "
+                                   "tokenizer the model's?")
         return [example for example in found if example.input_ids]
 
     def _field(self, record: Mapping[str, Any], name: str) -> str:
@@ -102,20 +111,28 @@ class Reader:
                 raise CollectError(f"{self.path}:{record['line']}: label `{label}` is none of the model's "
                                    f"({', '.join(sorted(self.label2id))})")
             return self.label2id[label]
+        if label != IGNORED and not 0 <= label < (label + 1 if self.classes is None else self.classes):
+            raise CollectError(f"{self.path}:{record['line']}: label {label} is no class of the model's {self.classes}")
         return label
+
+    def _choices(self, record: Mapping[str, Any], kind: type) -> Optional[List[Any]]:
+        choices = record.get("choices")
+        if choices is not None and not (isinstance(choices, list) and choices and all(isinstance(c, kind) for c in choices)):
+            raise CollectError(f"{self.path}:{record['line']}: `choices` is no list of {'texts' if kind is str else 'lists'}")
+        return choices
 
     def example(self, i: int, record: Mapping[str, Any]) -> Example:
         if "input_ids" in record:
             return self._tokenised(i, record)
         if self.task == "classification":
-            pair = record.get("text_pair")
+            pair = self._field(record, "text_pair") if record.get("text_pair") is not None else None
             text = self._field(record, "text")
             if self.tokenizer is None:
                 self._ids(text)
             encoded = self.tokenizer(text, pair, truncation=True, max_length=self.max_length)
             return Example(i, list(encoded["input_ids"]), self._label(record), encoded.get("token_type_ids"))
         if self.task == "seq2seq":
-            choices = record.get("choices")
+            choices = self._choices(record, str)
             return Example(i, self._ids(self._field(record, "input")), self._ids(self._field(record, "target")),
                            choices=None if choices is None else [self._ids(choice) for choice in choices])
         if "prompt" in record:
@@ -129,19 +146,20 @@ class Reader:
         return Example(i, ids, list(ids))
 
     def _tokenised(self, i: int, record: Mapping[str, Any]) -> Example:
-        def numbers(name: str) -> List[int]:
-            value = record.get(name)
+        def numbers(name: str, value: Any) -> List[int]:
             if not isinstance(value, list) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
                 raise CollectError(f"{self.path}:{record['line']}: `{name}` is no list of numbers")
             return list(value[: self.max_length])
 
-        ids = numbers("input_ids")
+        ids = numbers("input_ids", record["input_ids"])
         if self.task == "classification":
-            return Example(i, ids, self._label(record), numbers("token_type_ids") if "token_type_ids" in record else None)
-        labels = numbers("labels") if self.task == "seq2seq" or "labels" in record else list(ids)
+            return Example(i, ids, self._label(record), numbers("token_type_ids", record["token_type_ids"]) if "token_type_ids" in record else None)
+        labels = numbers("labels", record.get("labels")) if self.task == "seq2seq" or "labels" in record else list(ids)
         if self.task == "causal-lm" and len(labels) != len(ids):
             raise CollectError(f"{self.path}:{record['line']}: {len(ids)} input_ids and {len(labels)} labels")
-        return Example(i, ids, labels, choices=record.get("choices"))
+        choices = self._choices(record, list)
+        return Example(i, ids, labels,
+                       choices=None if choices is None else [numbers("choices", choice) for choice in choices])
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:

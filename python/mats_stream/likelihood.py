@@ -88,6 +88,10 @@ def logits_of(output: Any) -> Tensor:
 def log_likelihood(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
     """Mean or sum of the targets' log-probabilities of each example: `[B, ..., C]`, `[B, ...]` → `[B]`."""
     examples = targets.shape[0]
+    wrong = (targets != IGNORED) & ((targets < 0) | (targets >= logits.shape[-1]))
+    if bool(wrong.any()):
+        raise CollectError(f"labels: {int(targets[wrong][0])} is no class of {logits.shape[-1]} (0 to {logits.shape[-1] - 1}, or "
+                           f"{IGNORED} for none)")
     losses = F.cross_entropy(
         logits.reshape(-1, logits.shape[-1]).float() if logits.dtype not in (torch.float32, torch.float64)
         else logits.reshape(-1, logits.shape[-1]),
@@ -107,6 +111,13 @@ def _inputs(batch: Any, without: Sequence[str]) -> Dict[str, Any]:
     return {key: value for key, value in batch.items() if key not in without}
 
 
+def _labels(batch: Any, task: str) -> Tensor:
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor):
+        raise CollectError(f"{task}: a batch has no `labels` (it has {', '.join(map(str, batch.keys()))})")
+    return labels
+
+
 class CausalLM:
     """Decoder-only language models. Without `labels` every attended token after the first is a target."""
 
@@ -117,6 +128,9 @@ class CausalLM:
         inputs = _inputs(batch, ("labels",))
         labels = batch.get("labels")
         if labels is None:
+            if "input_ids" not in inputs:
+                raise CollectError("causal-lm: a batch has neither `labels` nor `input_ids` "
+                                   f"(it has {', '.join(map(str, inputs))})")
             labels = inputs["input_ids"]
             if "attention_mask" in inputs:
                 labels = labels.masked_fill(inputs["attention_mask"] == 0, IGNORED)
@@ -135,7 +149,7 @@ class Seq2Seq:
         self.reduction = reduction
 
     def __call__(self, model: nn.Module, batch: Any, sampler: Optional[Sampler]) -> Tensor:
-        labels = batch["labels"]
+        labels = _labels(batch, "seq2seq")
         choices = batch.get("choices")
         if sampler is not None and choices is not None:
             with torch.no_grad(), sampler.paused():
@@ -183,8 +197,8 @@ class Classification:
         self.reduction = reduction
 
     def __call__(self, model: nn.Module, batch: Any, sampler: Optional[Sampler]) -> Tensor:
-        logits = logits_of(model(**_inputs(batch, ("labels",))))
-        labels = batch["labels"]
+        inputs, labels = _inputs(batch, ("labels",)), _labels(batch, "classification")
+        logits = logits_of(model(**inputs))
         if labels.dtype.is_floating_point or labels.dim() != logits.dim() - 1:
             raise CollectError(
                 f"classification: labels {list(labels.shape)} {labels.dtype} do not fit logits {list(logits.shape)}; "

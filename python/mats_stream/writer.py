@@ -190,5 +190,8 @@ class FileSink(Sink):
             os.close(directory)
 
     def close(self) -> None:
-        """Leaves the partial file for a later run."""
+        """Leaves the partial file for a later run, if there is anything in it."""
         self.file.close()
+        if not self._done:
+            self.partial.unlink()
+            self.journal.unlink()
