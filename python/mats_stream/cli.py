@@ -66,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 300 else f"{text[:300]}…"
+
+
 def _load(classes: Any, args: argparse.Namespace) -> Any:
     """The model, in the dtype asked for, on its device."""
     import torch
@@ -78,8 +83,8 @@ def _load(classes: Any, args: argparse.Namespace) -> Any:
     try:
         model, info = classes.from_pretrained(args.model, output_loading_info=True,
                                               **{"dtype" if major >= 5 else "torch_dtype": dtype})
-    except (OSError, ValueError, KeyError) as error:
-        raise CollectError(f"{args.model}: cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CollectError(f"{args.model}: cannot be loaded: {_one_line(error)}") from error
     missing = sorted(info.get("missing_keys") or ())
     if args.adapter is not None:
         try:
@@ -88,8 +93,8 @@ def _load(classes: Any, args: argparse.Namespace) -> Any:
             raise CollectError("--adapter: needs the package peft") from error
         try:
             model = peft.PeftModel.from_pretrained(model, args.adapter)
-        except (OSError, ValueError) as error:
-            raise CollectError(f"{args.adapter}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise CollectError(f"{args.adapter}: cannot be loaded: {_one_line(error)}") from error
         # A head that was trained with the adapter is saved in it.
         saved = {part for config in model.peft_config.values() for part in getattr(config, "modules_to_save", None) or ()}
         missing = [name for name in missing if not saved & set(name.split("."))]
@@ -130,7 +135,7 @@ def _tokenizer(args: argparse.Namespace) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(str(place))
     except (OSError, ValueError) as error:
-        raise CollectError(f"{place}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise CollectError(f"{place}: its tokenizer cannot be loaded: {_one_line(error)}") from error
 
 
 def run(args: argparse.Namespace) -> None:

@@ -181,7 +181,7 @@ def test_command_refuses(tmp_path, capsys):
 
     refused("has no tokenizer")
     refused("cannot be read", file=tmp_path / "none.jsonl")
-    refused("cannot be loaded", model=tmp_path / "none")
+    refused("does not exist", model=tmp_path / "none")
     refused("unknown kind", "--kinds", "gram")
     refused("expected OURS=THEIRS", "--field", "text")
     refused("has no field `sentence`", "--field", "text=sentence")
