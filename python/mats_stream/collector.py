@@ -312,7 +312,14 @@ class Collector:
                 if len(recorder.inputs.get(site, ())) != len(recorder.inputs.get(site.shares, ())):
                     site.other_input()
             if gradient and likelihoods.requires_grad:
-                likelihoods.sum().backward()
+                try:
+                    likelihoods.sum().backward()
+                except RuntimeError as error:
+                    if type(error).__name__ != "CheckpointError":
+                        raise
+                    # What is computed again in the backward pass is not seen, and so is not what was computed first.
+                    raise CollectError("the model recomputes its activations; turn gradient checkpointing off "
+                                       "(model.gradient_checkpointing_disable())") from error
             del likelihoods
         for site in sites:
             site.finish_step()
@@ -614,25 +621,32 @@ def collect(
     """Statistics of `model` on `batches`.
 
     - `batches`: mappings of the model's arguments (or what `loss` takes), as a list, a function returning an iterator,
-      or, where one pass is enough, an iterator. `example_ids` in a batch number its examples for the true Fisher.
+      or, where one pass is enough, an iterator. The same ones each time. `example_ids` in a batch number its examples for
+      the true Fisher.
     - `loss`: `causal-lm`, `seq2seq`, `classification`, or a function `(model, batch[, sampler])` that returns the
       log-likelihood of each example, `[B]`.
     - `kinds`: of `input_gram`, `output_gram`, `input_factor`, `output_factor` (sketches of `rank` rows),
       `input_mean`, `fisher_diagonal`, `fisher_block` (of vectors).
-    - `modules`, `exclude`: patterns searched in parameter names, or functions of the name.
+    - `modules`, `exclude`: patterns searched in parameter names, or functions of the name. What cannot be had of a
+      parameter is left out with a note (`Statistics.notes`); of parameters chosen by `modules` it is an error.
     - `tokens`: which count: `attended`, `target` (positions that predict one), `all`, or a function
       `(module name, batch) -> mask [B, T]`.
     - `fisher`: `empirical`, or `true`: labels drawn from the model with `seed`.
     - `likelihood`: an example's `mean` over its target tokens (the paper's) or their `sum`.
     - `weighting`: Grams per `token` (the paper's), or per `example`: tokens of one example weigh one together.
-    - `dtype`, `packed`, `rank`: how it is stored. `max_side`: Grams beyond it are left out.
+    - `dtype`, `packed`, `rank`: how it is stored. `float16` is refused where it loses more than rounding: means of
+      squared gradients are mostly below what it holds. `max_side`: Grams beyond it are left out.
     - `adapters`: `host`: weights of the base model as their adapters make them; `own`: the adapter's parameters.
       (IA)³ vectors are always collected.
     - `embeddings`: also their `fisher_diagonal`. `single_examples`: also parameters without a batched form, one example
       at a time. `share_inputs`: one Gram for modules that see the same input.
     - `modules_per_pass`, `max_memory` (`8GiB`): cut the modules into passes over the batches, so that the sums fit.
       With `max_memory` the first batch is taken for the largest.
-    - `out`: write each statistic there as it is finished; `resume`: go on with an interrupted run.
+    - `out`: write each statistic there as it is finished; `resume`: go on with an interrupted run of the same model,
+      batches and options.
+
+    A few examples of the first batch tell how each module's input is split by examples. If it does not call all
+    modules, the others are looked for in all batches, by a forward pass.
 
     Cost of a pass: a forward pass; with gradients a backward pass without weight gradients, down to the first
     module of the pass; and 2·n² flops a token for a Gram of side n.

@@ -314,8 +314,21 @@ def test_no_zeros_where_gradients_are_off(how):
         collect(model, batches, "classification", kinds=["fisher_diagonal"], modules="inside")
 
 
+def test_checkpointing_that_hooks_cannot_follow_is_named():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.head = nn.Linear(5, 5), nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.head(checkpoint(lambda y: torch.tanh(self.inside(y)), x, use_reentrant=False))
+
+    with pytest.raises(CollectError, match="turn gradient checkpointing off"):
+        collect(Net().double(), batches_of((3, 2), 5), "classification", kinds=ALL)
+
+
 def test_nothing_to_learn_from_is_an_error():
-    model, batches = nn.Linear(5, 4).double(), batches_of((3, 2), 5)
+    model, batches = nn.Sequential(nn.Linear(5, 4)).double(), batches_of((3, 2), 5)
     for batch in batches:
         batch["input"] = batch.pop("x")
     ignored = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in batches]
@@ -331,7 +344,7 @@ def test_nothing_to_learn_from_is_an_error():
 
 
 def test_gradients_are_had_inside_no_grad():
-    model, batches = nn.Linear(5, 4), [{"input": torch.randn(3, 5), "labels": torch.tensor([0, 1, 2])}]
+    model, batches = nn.Sequential(nn.Linear(5, 4)), [{"input": torch.randn(3, 5), "labels": torch.tensor([0, 1, 2])}]
     expected = collect(model, batches, "classification", kinds=ALL)
     with torch.no_grad():
         inside = collect(model, batches, "classification", kinds=ALL)
@@ -451,7 +464,7 @@ def test_passes_want_the_same_batches():
 
 
 def test_a_failed_first_pass_leaves_nothing(tmp_path):
-    model = nn.Linear(5, 4)
+    model = nn.Sequential(nn.Linear(5, 4))
     batches = [{"input": 1e-6 * torch.randn(3, 5), "labels": torch.tensor([0, 1, 2])}]
     with pytest.raises(CollectError, match="bfloat16"):
         collect(model, batches, "classification", kinds="input_gram", dtype="float16", out=tmp_path / "s")
