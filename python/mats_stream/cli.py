@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--adapter", metavar="DIR", help="a PEFT adapter on MODEL")
     p.add_argument("--adapters", choices=("host", "own"), default="host",
                    help="with --adapter: statistics of the adapted weights, or of the adapter's parameters")
-    p.add_argument("--dtype", choices=tuple(K.DTYPES), default="float32", help="of the file; float16 is refused where it would lose more than rounding")
+    p.add_argument("--dtype", choices=tuple(K.DTYPES), default="float32",
+                   help="of the file; float16 is refused where it would lose more than rounding")
     p.add_argument("--full", action="store_true", help="store whole symmetric matrices, not their lower triangle")
     p.add_argument("--rank", type=int, metavar="R", help="rows of input_factor and output_factor")
     p.add_argument("--max-side", type=int, default=32768, metavar="N", help="leave out larger Grams (default: %(default)s)")

@@ -27,7 +27,7 @@ from .accumulate import Accumulator
 from .attention import disable_fast_paths, use_parts
 from .discover import Discovery, Found, Selection
 from .errors import CollectError
-from .layouts import Look, split_of
+from .layouts import Look, is_split, split_of
 from .likelihood import Likelihood, Sampler, resolve
 from .progress import Progress
 from .sites import AffineSite, AllSeen, Forms, ProductSite, Recorder, Site, Target, vector_accumulators
@@ -430,12 +430,16 @@ class Collector:
                 looks.setdefault(site, seen[site])
             new = [site for site in seen if not site.decided]
             self._decide(step, seen, new)
-            doubtful = [site for site in new if site.decided and site.split is None and site.same_rows]
-            if doubtful and whole is not None and whole.examples > step.examples:
-                # An expert to which only the first example was routed looks so too.
+            if whole is not None and whole.examples > step.examples:
+                # Of few examples an expert may have been given all, or those of the first one alone.
                 more = self._look(whole)
-                for site in doubtful:
-                    site.same_rows = [call.shape for call in more.get(site, [])] == [call.shape for call in seen[site]]
+                for site in new:
+                    shapes = [call.shape for call in more.get(site, [])]
+                    lengths = site.lengths | self.recorder.lengths
+                    site.same_rows = site.same_rows and shapes == [call.shape for call in seen[site]]
+                    if len(shapes) != len(seen[site]) or not all(
+                            is_split(shape, whole.examples, site.split, lengths) for shape in shapes):
+                        site.split = None
             for site in new:
                 self._leave_out(site, seen[site], step, found, single_examples)
 
@@ -462,8 +466,9 @@ class Collector:
             if isinstance(site, AffineSite) and site.unfit is not None:
                 found.single.extend(site.vectors.values())
                 looks.pop(site, None)
-            elif site not in looks:
-                site.absent = True
+            elif site not in looks or site.odd_call:
+                site.absent = site not in looks
+                looks.pop(site, None)
                 why = "is called with something else than one tensor" if site.odd_call else "is not called"
                 for target in site.targets:
                     found.left_out[target.name] = f"module `{site.name}` {why}"
@@ -671,8 +676,8 @@ def collect(
     if resume and out is None:
         raise CollectError("resume: needs `out`, where the interrupted run wrote")
     if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
-        raise CollectError("the model or the call is in torch.inference_mode, where nothing has a gradient; leave it (torch.no_grad "
-                           "does not matter)")
+        raise CollectError("the model or the call is in torch.inference_mode, where nothing has a gradient; leave it "
+                           "(torch.no_grad does not matter)")
     options = Options(checked, tokens, fisher, likelihood, weighting, seed, dtype, Forms(packed, rank), examples)
     shown = progress if isinstance(progress, Progress) else Progress(progress)
     collector = Collector(model, batches, resolve(loss, likelihood), options, shown)
@@ -728,12 +733,10 @@ def _run(collector: Collector, found: Found, share: bool, single_examples: bool,
 
     room: Optional[int] = None
     if max_memory is not None:
-        # Of the first batch's inputs the probe saw a few examples'.
-        scale = -(-batch_size(collector.first_inputs()) // LOOKED_AT)
         gradient = any(site.needs_gradient() for site in sites)
         needed = collector.activations([site for site in sites if not isinstance(site, SingleSite)], gradient)
         limit = memory.parse_size(max_memory)
-        room = limit - needed - 2 * scale * recorder.largest_input - SLACK
+        room = limit - needed - 2 * recorder.largest_input - SLACK
         if room <= 0:
             raise CollectError(f"max_memory: the model and one batch hold {memory.show_size(needed)} of "
                                f"{memory.show_size(limit)}; give more, or smaller batches")
@@ -787,7 +790,8 @@ def _finished(out: Path, mark: str) -> Optional[Statistics]:
     except Exception as error:  # safetensors' own errors are no OSErrors
         raise CollectError(f"{out}: is already there and is no statistics file; give another path or remove it") from error
     if found.metadata.get("run") != mark:
-        raise CollectError(f"{out}: is already there, of another run (other model, data or options); give another path or remove it")
+        raise CollectError(f"{out}: is already there, of another run (other model, data or options); give another path or "
+                           "remove it")
     for left in leftovers(out):
         left.unlink(missing_ok=True)
     return found
@@ -906,5 +910,5 @@ def _rounded(key: str, sums: Accumulator, count: float, dtype: torch.dtype) -> I
             off += float((wide.double() - piece.double()).square().sum())
         yield piece.cpu()
     if off > F16_LOSS**2 * size:
-        raise CollectError(f"`{key}`: float16 would lose {(off / size) ** 0.5:.2g} of it, as it is mostly below what float16 holds; "
-                           "store bfloat16 or float32 (dtype, --dtype)")
+        raise CollectError(f"`{key}`: float16 would lose {(off / size) ** 0.5:.2g} of it, as it is mostly below what float16 "
+                           "holds; store bfloat16 or float32 (dtype, --dtype)")

@@ -153,7 +153,8 @@ class Reader:
 
         ids = numbers("input_ids", record["input_ids"])
         if self.task == "classification":
-            return Example(i, ids, self._label(record), numbers("token_type_ids", record["token_type_ids"]) if "token_type_ids" in record else None)
+            types = numbers("token_type_ids", record["token_type_ids"]) if "token_type_ids" in record else None
+            return Example(i, ids, self._label(record), types)
         labels = numbers("labels", record.get("labels")) if self.task == "seq2seq" or "labels" in record else list(ids)
         if self.task == "causal-lm" and len(labels) != len(ids):
             raise CollectError(f"{self.path}:{record['line']}: {len(ids)} input_ids and {len(labels)} labels")

@@ -283,6 +283,8 @@ class ProductSite(Site):
             y = output[0] if several else output
             if x is None or not isinstance(y, Tensor):
                 self.odd_call = True
+                if self.collecting:
+                    raise CollectError(f"module `{self.name}` is called with something else than one tensor; exclude it")
                 return None
             y = self.observe(x, y)
             return (y, *output[1:]) if several else y

@@ -169,8 +169,8 @@ class TokenMasks:
         if mask.numel() == 0 or rows == 0 or rows % mask.numel():
             return False
         batch, length = mask.shape[0], mask.numel() // mask.shape[0]
-        if self.examples == 1:
-            return rows == mask.numel() or lead[:2] in ((1, length), (length, 1))
+        if self.examples == 1 and split in (None, FIRST, SECOND):
+            return lead == (length,) or lead[:2] in ((1, length), (length, 1)) or (lead[0] == 1 and rows == length)
         if split == FIRST:
             return lead[:2] == (batch, length) or (lead[0] == batch and rows == mask.numel())
         if split == SECOND:

@@ -165,6 +165,11 @@ def test_experts():
     statistics, _ = checked(model, batches)
     assert any("experts" in key and "input_gram" in key for key in statistics)
     assert not any("experts" in key and "fisher" in key for key in statistics)
+    # All of the first three examples may go to one expert; the whole first batch does not.
+    flat = batches_of((9, 7), 1, 5, seed=1)
+    flat[0]["x"][1:3] = flat[0]["x"][:1]
+    statistics, _ = checked(model, flat)
+    assert not any("experts" in key and "fisher" in key for key in statistics)
     one_by_one, _ = checked(model, list(singles(batches)))
     assert sum("experts" in key and "fisher_diagonal" in key for key in one_by_one) == 6
 
@@ -368,7 +373,8 @@ def test_float16_that_loses_is_refused():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
     batches = [{"input": torch.randn(40, 6), "labels": torch.randint(0, 4, (40,))}]
-    assert collect(model, batches, "classification", kinds="input_gram", dtype="float16")["0.weight/input_gram"].dtype is torch.float16
+    kept = collect(model, batches, "classification", kinds="input_gram", dtype="float16")
+    assert kept["0.weight/input_gram"].dtype is torch.float16
     # Means over tokens of small gradients: most are below the smallest number of f16.
     with torch.no_grad():
         model[2].weight.mul_(1e-2)
