@@ -185,6 +185,8 @@ class Collector:
         self.calls: List[Optional[Counter[Site]]] = []
         self.sharers: List[ProductSite] = []
         self.padded: Dict[str, bool] = {}
+        # Of the batch that is looked at: each example's log-likelihood, and among how many examples.
+        self.looked: Dict[int, Tuple[float, int]] = {}
         # Whether any log-likelihood was not 0; whether anything is a mean over more than nothing, and what is not.
         self.informed = False
         self.counted = False
@@ -307,10 +309,10 @@ class Collector:
             self.informed = self.informed or bool((likelihoods.detach() != 0).any())
             if at is not None:
                 self.calls[at] = Counter({site: len(inputs) for site, inputs in recorder.inputs.items()})
-            for site in self.sharers:
-                assert site.shares is not None
-                if len(recorder.inputs.get(site, ())) != len(recorder.inputs.get(site.shares, ())):
-                    site.other_input()
+            for sharer in self.sharers:
+                assert sharer.shares is not None
+                if len(recorder.inputs.get(sharer, ())) != len(recorder.inputs.get(sharer.shares, ())):
+                    sharer.other_input()
             if gradient and likelihoods.requires_grad:
                 try:
                     likelihoods.sum().backward()
@@ -389,10 +391,26 @@ class Collector:
         recorder.seen = {}
         try:
             # Gradients on, as in a pass: a module that runs without them shows here.
-            self._check(self._forward(step, True).detach(), step)
+            likelihoods = self._forward(step, True).detach()
+            self._check(likelihoods, step)
+            self._unmixed(likelihoods, step)
             return recorder.seen
         finally:
             recorder.seen = None
+
+    def _unmixed(self, likelihoods: Tensor, step: Step) -> None:
+        """An example's likelihood must be its own: the looks have the same examples beside different others."""
+        exact = likelihoods.dtype == torch.float64 or all(
+            p.dtype in (torch.float32, torch.float64) for p in self.model.parameters() if p.is_floating_point())
+        # Far above what other kernels for other shapes make of rounding, on any device.
+        relative, absolute = (5e-2, 1e-2) if exact else (2e-1, 1e-1)
+        for i, now in enumerate(likelihoods.double().tolist()):
+            before, among = self.looked.setdefault(i, (now, step.examples))
+            if among != step.examples and abs(now - before) > relative * max(abs(before), abs(now)) + absolute:
+                raise CollectError(
+                    f"loss: example {step.ids[i]} has log-likelihood {before:.6g} in a batch of {among} and {now:.6g} in one of "
+                    f"{step.examples}: the model mixes the examples of a batch, or draws numbers; give batches of one example"
+                )
 
     def _decide(self, step: Step, seen: Dict[Site, List[Look]], sites: Sequence[Site]) -> None:
         """Tells how the inputs of `sites`, as `seen` with a batch, are split by examples: from fewer examples of it."""
@@ -411,6 +429,7 @@ class Collector:
         late = [site for site in sites if not site.decided]
         if step.examples == 1 or not late:
             return
+        self.looked.clear()
         seen = self._look(step)
         late = [site for site in late if site in seen]
         self._decide(step, seen, late)
@@ -425,6 +444,7 @@ class Collector:
         looks: Dict[Site, List[Look]] = {}
 
         def look(step: Step, whole: Optional[Step] = None) -> None:
+            self.looked.clear()
             seen = self._look(step)
             for site in seen:
                 looks.setdefault(site, seen[site])

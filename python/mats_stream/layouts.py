@@ -7,7 +7,7 @@ A *layout* is the only thing that knows a module's class. What is stored is the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Container, Optional, Sequence, Tuple
+from typing import Any, Container, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +146,7 @@ def split_of(looks: Sequence[Tuple[int, Sequence[Look]]]) -> Optional[str]:
 
     The axis that grows with their number is theirs. `None`: nothing fits, or it is not the same for all calls.
     """
-    found = set()
+    found: Set[Optional[str]] = set()
     for (m, many), (k, few) in zip(looks, looks[1:]):
         if len(many) != len(few):
             return None

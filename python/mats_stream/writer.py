@@ -111,7 +111,8 @@ class FileSink(Sink):
         if path.exists():
             raise CollectError(f"{path}: is already there; give another path or remove it")
         mark = {"fingerprint": fingerprint, "header_room": self.header_room, "data_bytes": self.data_bytes}
-        going_on = self.partial.exists() and self.journal.exists()
+        # Without one whole line it is of a run that was killed before it had begun.
+        going_on = self.partial.exists() and self.journal.exists() and b"\n" in self.journal.read_bytes()
         if going_on and not resume:
             raise CollectError(f"{path}: a run was interrupted here; resume it (--resume), or remove {self.partial} and "
                                f"{self.journal}")

@@ -488,3 +488,12 @@ def test_two_losses_of_one_value_do_not_look_ignored():
     diagonals, _, _, _ = brute_force(model, list(singles(batches)), lambda m, e: loss(m, e).sum())
     statistics = collect(model, batches, loss, kinds=["fisher_diagonal"], dtype="float64")
     close(statistics["weight/fisher_diagonal"], diagonals["weight"], EXACT, "weight")
+
+
+def test_a_model_that_mixes_examples_is_refused():
+    torch.manual_seed(0)
+    model, batch = Branch().double(), batches_of((6,), 5)[0]
+    batch["x"][:2, 0], batch["x"][2:, 0] = -1.0, 1.0
+    with pytest.raises(CollectError, match="example 0 has log-likelihood.*mixes the examples"):
+        collect(model, [batch], "classification", kinds=ALL)
+    assert checked(model, list(singles([batch])))[1] == 2 * 3 + 3 + 2 * 5
