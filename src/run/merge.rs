@@ -129,21 +129,8 @@ pub(super) fn command(args: MergeArgs) -> Result<ExitCode, Error> {
     }
     for summary in &summaries {
         let of = summary.name.as_ref().map_or_else(String::new, |name| format!("{name}: "));
-        for (name, record) in &summary.report.parameters {
-            if let Some(reason @ ("not_finite" | "not_positive_definite")) = record.stop_reason.as_deref() {
-                let name = crate::read::escaped(name);
-                // Stored Grams have rounding noise of either sign, which a ridge outweighs.
-                let hint = match reason {
-                    "not_finite" => String::new(),
-                    _ => format!(
-                        "; try a `solver.ridge` above {}, or statistics in f32",
-                        record.ridge.unwrap_or_default()
-                    ),
-                };
-                tracing::warn!(
-                    "{of}tensor `{name}`: the solver stopped ({reason}) and kept its last good iterate{hint}"
-                );
-            }
+        for warning in record::solver_warnings(&summary.report) {
+            tracing::warn!("{of}{warning}");
         }
         let lifted =
             summary.report.parameters.values().filter(|record| record.factors_lifted == Some(true)).count();
@@ -151,9 +138,6 @@ pub(super) fn command(args: MergeArgs) -> Result<ExitCode, Error> {
             tracing::info!(
                 "{of}{lifted} parameters have Grams that rounding left with negative eigenvalues: made positive semidefinite"
             );
-        }
-        if let Some(line) = raised_ridges(&summary.report) {
-            tracing::warn!("{of}{line}");
         }
         if summary.unconverged.is_empty() {
             continue;
@@ -172,23 +156,6 @@ pub(super) fn command(args: MergeArgs) -> Result<ExitCode, Error> {
         }
     }
     Ok(code)
-}
-
-/// Says where a ridge was too weak for the noise of the statistics, and what was done about it.
-fn raised_ridges(report: &RunReport) -> Option<String> {
-    let raised: Vec<(f64, f64)> =
-        report.parameters.values().filter_map(|record| record.ridge_raised_from.zip(record.ridge)).collect();
-    let (from, to) =
-        raised.iter().fold((f64::INFINITY, 0.0f64), |(from, to), r| (from.min(r.0), to.max(r.1)));
-    let which = match raised.len() {
-        0 => return None,
-        1 => "1 parameter is".to_owned(),
-        n => format!("{n} parameters are"),
-    };
-    Some(format!(
-        "{which} not positive definite with ridge {from} (noise of rounded statistics): raised there, to {to:.2} at most; \
-         statistics in f32 would not need it"
-    ))
 }
 
 /// Merges the models of the config at `config` into the new directory `out`. Raise `cancel` to stop. A config with `sweep`
@@ -339,6 +306,8 @@ pub(super) fn carry_out(
     for warning in &report.warnings[plan.warnings.len()..] {
         tracing::warn!("{warning}");
     }
+    // `command` says these, of whatever it has merged or found complete.
+    report.warnings.extend(record::solver_warnings(&report));
     report.peak_anonymous_bytes = peak_anonymous_bytes();
     let last = SideFile::new(crate::report::REPORT_FILE, report.to_json());
     writer.finish(side, last)?;

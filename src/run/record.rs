@@ -253,6 +253,47 @@ pub(super) fn nonfinite(tensors: &[String]) -> Option<String> {
     })
 }
 
+/// What is told of solves that stopped early, or that a ridge had to be raised for.
+pub(super) fn solver_warnings(report: &RunReport) -> Vec<String> {
+    let mut lines = Vec::new();
+    for (name, record) in &report.parameters {
+        let Some(reason @ ("not_finite" | "not_positive_definite")) = record.stop_reason.as_deref() else {
+            continue;
+        };
+        // Stored Grams have rounding noise of either sign, which a ridge outweighs.
+        let hint = match reason {
+            "not_finite" => String::new(),
+            _ => format!(
+                "; try a `solver.ridge` above {}, or statistics in f32",
+                record.ridge.unwrap_or_default()
+            ),
+        };
+        let name = crate::read::escaped(name);
+        lines.push(format!(
+            "tensor `{name}`: the solver stopped ({reason}) and kept its last good iterate{hint}"
+        ));
+    }
+    lines.extend(raised_ridges(report));
+    lines
+}
+
+/// Says where a ridge was too weak for the noise of the statistics, and what was done about it.
+fn raised_ridges(report: &RunReport) -> Option<String> {
+    let raised: Vec<(f64, f64)> =
+        report.parameters.values().filter_map(|record| record.ridge_raised_from.zip(record.ridge)).collect();
+    let (from, to) =
+        raised.iter().fold((f64::INFINITY, 0.0f64), |(from, to), r| (from.min(r.0), to.max(r.1)));
+    let which = match raised.len() {
+        0 => return None,
+        1 => "1 parameter is".to_owned(),
+        n => format!("{n} parameters are"),
+    };
+    Some(format!(
+        "{which} not positive definite with ridge {from} (noise of rounded statistics): raised there, to {to:.2} at most; \
+         statistics in f32 would not need it"
+    ))
+}
+
 /// Hash of what the config means, not of how it is written.
 pub(super) fn config_hash(config: &MergeConfig) -> String {
     let text = format!("{}\n{}", env!("CARGO_PKG_VERSION"), config.canonical_hash_input());
