@@ -376,7 +376,11 @@ fn b23_indefinite_factor_is_reported() {
     let record = merged.parameter("w");
     assert_eq!(record["stop_reason"], "not_positive_definite", "{record}");
     assert_eq!(record["converged"], false, "{record}");
-    assert!(merged.report["warnings"].to_string().contains("tensor `w`: the solver stopped (not_positive_definite)"));
+    assert!(
+        merged.report["warnings"]
+            .to_string()
+            .contains("tensor `w`: the solver stopped (not_positive_definite)")
+    );
     let output = scratch.try_merge(&text, "demanded", &["--require-convergence"]);
     assert_eq!(output.code, 3, "{}", output.stderr);
     assert_eq!(scratch.merged("demanded").tensors, merged.tensors, "done and kept");
