@@ -203,6 +203,9 @@ pub struct ParameterReport {
     /// Times that its inputs were read, where more than once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub passes: Option<u64>,
+    /// True where values of the result are NaN or infinite.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nonfinite: Option<bool>,
     /// Checksum of its bytes as written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checksum: Option<String>,

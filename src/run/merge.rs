@@ -129,7 +129,7 @@ pub(super) fn command(args: MergeArgs) -> Result<ExitCode, Error> {
     }
     for summary in &summaries {
         let of = summary.name.as_ref().map_or_else(String::new, |name| format!("{name}: "));
-        for warning in record::solver_warnings(&summary.report) {
+        for warning in record::result_warnings(&summary.report) {
             tracing::warn!("{of}{warning}");
         }
         let lifted =
@@ -307,7 +307,7 @@ pub(super) fn carry_out(
         tracing::warn!("{warning}");
     }
     // `command` says these, of whatever it has merged or found complete.
-    report.warnings.extend(record::solver_warnings(&report));
+    report.warnings.extend(record::result_warnings(&report));
     report.peak_anonymous_bytes = peak_anonymous_bytes();
     let last = SideFile::new(crate::report::REPORT_FILE, report.to_json());
     writer.finish(side, last)?;
@@ -341,7 +341,6 @@ pub(super) fn stream_and_commit(
             flops: record::flops(planned, block),
             unconverged: is_unconverged(block),
             differs_in: block.differs_in.clone(),
-            nonfinite: block.nonfinite,
         };
         writers[plan].record(block.block, to_raw_value(&done).expect("string keys and plain values"));
         for tensor in planned.side_tensors() {

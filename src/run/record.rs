@@ -149,19 +149,13 @@ pub(super) fn report(
             .collect(),
         ..RunReport::default()
     };
-    let mut not_finite = Vec::new();
     for block in blocks {
         let planned = &plan.blocks[block.block];
-        if block.nonfinite {
-            not_finite.push(planned.name.clone());
-        }
         report.parameters.insert(planned.name.clone(), parameter(planned, block));
         if let Some(model) = &block.differs_in {
             report.warnings.push(differs(&planned.name, model));
         }
     }
-    not_finite.sort_unstable();
-    report.warnings.extend(nonfinite(&not_finite));
     report
 }
 
@@ -176,6 +170,7 @@ pub(super) fn parameter(planned: &BlockPlan, block: &BlockReport) -> ParameterRe
         bytes_read: block.bytes_read,
         note: planned.unmatched.clone(),
         passes: (planned.passes > 1).then_some(planned.passes),
+        nonfinite: block.nonfinite.then_some(true),
         ..ParameterReport::default()
     };
     let Action::Merge { recipe, .. } = &planned.action else {
@@ -236,26 +231,10 @@ pub(super) fn differs(tensor: &str, model: &str) -> String {
     format!("tensor `{name}` has other values in {model}; the reference's were copied")
 }
 
-/// What is told of results that are not finite.
-pub(super) fn nonfinite(tensors: &[String]) -> Option<String> {
-    let shown: Vec<String> =
-        tensors.iter().take(3).map(|name| format!("`{}`", crate::read::escaped(name))).collect();
-    let more = match tensors.len() - shown.len() {
-        0 => String::new(),
-        more => format!(" and {more} more"),
-    };
-    (!tensors.is_empty()).then(|| {
-        format!(
-            "tensor {}{more}: NaN or infinities in the result: beyond the range of the output's dtype (try a wider \
-             `out_dtype`, smaller weights), or in a model",
-            shown.join(", ")
-        )
-    })
-}
-
-/// What is told of solves that stopped early, or that a ridge had to be raised for.
-pub(super) fn solver_warnings(report: &RunReport) -> Vec<String> {
-    let mut lines = Vec::new();
+/// What is told of a finished merge: results that are not finite, solves that stopped early, or that a ridge had to be
+/// raised for.
+pub(super) fn result_warnings(report: &RunReport) -> Vec<String> {
+    let mut lines: Vec<String> = nonfinite(report).into_iter().collect();
     for (name, record) in &report.parameters {
         let Some(reason @ ("not_finite" | "not_positive_definite")) = record.stop_reason.as_deref() else {
             continue;
@@ -275,6 +254,24 @@ pub(super) fn solver_warnings(report: &RunReport) -> Vec<String> {
     }
     lines.extend(raised_ridges(report));
     lines
+}
+
+/// Says which results are not finite.
+fn nonfinite(report: &RunReport) -> Option<String> {
+    let mut tensors = report.parameters.iter().filter(|(_, record)| record.nonfinite == Some(true));
+    let shown: Vec<String> =
+        tensors.by_ref().take(3).map(|(name, _)| format!("`{}`", crate::read::escaped(name))).collect();
+    let more = match tensors.count() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    (!shown.is_empty()).then(|| {
+        format!(
+            "tensor {}{more}: NaN or infinities in the result: beyond the range of the output's dtype (try a wider \
+             `out_dtype`, smaller weights), or in a model",
+            shown.join(", ")
+        )
+    })
 }
 
 /// Says where a ridge was too weak for the noise of the statistics, and what was done about it.

@@ -36,9 +36,6 @@ pub(super) struct Done {
     pub unconverged: bool,
     /// As in [`crate::stream::BlockReport`].
     pub differs_in: Option<String>,
-    /// As there.
-    #[serde(default)]
-    pub nonfinite: bool,
 }
 
 /// Everything that decides the bytes of the output.
@@ -281,9 +278,6 @@ impl Before {
     ) -> Result<(), Error> {
         report.run_hash = Some(run_hash(key));
         let resumed = self.len();
-        let not_finite = self.tensors.iter().filter(|(_, done)| done.nonfinite);
-        let not_finite: Vec<String> = not_finite.map(|(k, _)| plan.blocks[*k].name.clone()).collect();
-        report.warnings.extend(record::nonfinite(&not_finite));
         for (k, done) in self.tensors {
             report.bytes_read += done.parameter.bytes_read;
             report.flops += done.flops;

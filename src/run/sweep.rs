@@ -172,7 +172,7 @@ pub(super) fn sweep_config(
                 tracing::warn!("{warning}");
             }
         }
-        report.warnings.extend(record::solver_warnings(&report));
+        report.warnings.extend(record::result_warnings(&report));
         let last = SideFile::new(crate::report::REPORT_FILE, report.to_json());
         directory.complete(&variant.name, writer, side, last)?;
         let name = Some(variant.name.clone());

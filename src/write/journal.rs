@@ -94,8 +94,10 @@ pub struct Record {
 
 impl PartialEq for Record {
     fn eq(&self, other: &Self) -> bool {
-        let of = |record: &Self| (record.tensor, record.name.clone(), record.checksum.clone());
-        of(self) == of(other) && self.done.get() == other.done.get()
+        self.tensor == other.tensor
+            && self.name == other.name
+            && self.checksum == other.checksum
+            && self.done.get() == other.done.get()
     }
 }
 

@@ -4,6 +4,9 @@
 use super::Piece;
 use crate::kernel::{Threading, dispatch, vector};
 
+/// 1 + cos θ of two vectors that are opposite: what f64 inner products leave of the arc between them is rounding noise.
+pub(super) const OPPOSITE: f64 = 1e-12;
+
 /// The symmetric matrix of inner products of a tensor's models (or task vectors).
 #[derive(Debug, Clone)]
 pub struct Gram {

@@ -4,12 +4,9 @@
 //! Every iterate lies in the span of the models, so the iteration runs on their inner products in f64. A model of norm
 //! `tol` or less counts for the norm only.
 
-use super::gram::combine;
+use super::gram::{OPPOSITE, combine};
 use super::{Arguments, BaseUse, Definition, Elementwise, Gram, Known, Pass, Piece};
 use crate::config::{ParameterSpec, Range};
-
-/// Two unit vectors whose inner product is this near to -1 are opposite: f64 inner products say no more.
-const OPPOSITE: f64 = 1e-12;
 
 pub(super) static DEFINITION: Definition = Definition {
     name: "karcher",

@@ -311,12 +311,14 @@ impl Arguments<'_> {
         })
     }
 
+    /// Each model's place, and its number: a filter matches the name that the tensor has in the model.
+    fn each(&self, name: &str) -> impl Iterator<Item = (Option<usize>, Option<f64>)> {
+        self.models.iter().zip(self.names).map(move |(m, own)| (*m, self.round.number(*m, name, own, self.t)))
+    }
+
     /// A number for each model.
     pub fn numbers(&self, name: &str, default: f64) -> Vec<f64> {
-        let of = |(m, own): (&Option<usize>, &Cow<'_, str>)| {
-            self.round.number(*m, name, own, self.t).unwrap_or(default)
-        };
-        self.models.iter().zip(self.names).map(of).collect()
+        self.each(name).map(|(_, number)| number.unwrap_or(default)).collect()
     }
 
     /// A number for each model, which must be there.
@@ -324,13 +326,13 @@ impl Arguments<'_> {
     /// # Errors
     /// Its name and the model, where no filter matches the tensor.
     pub fn required_numbers(&self, name: &str) -> Result<Vec<f64>, String> {
-        let of = |(m, own): (&Option<usize>, &Cow<'_, str>)| {
-            self.round.number(*m, name, own, self.t).ok_or_else(|| {
+        let of = |(m, number): (Option<usize>, Option<f64>)| {
+            number.ok_or_else(|| {
                 let model = m.map_or_else(|| "the base".to_owned(), |k| format!("models[{k}]"));
                 format!("`{name}` of {model} has no value for this tensor (expected one, or a filter that matches)")
             })
         };
-        self.models.iter().zip(self.names).map(of).collect()
+        self.each(name).map(of).collect()
     }
 
     /// True or false, for all models.

@@ -4,7 +4,7 @@
 //! false` of each row along the last dimension, or with `nuslerp_row_wise` besides of each column along the first. Linear
 //! where sin θ ≤ 1e-8 and where the two are opposite.
 
-use super::gram::combine;
+use super::gram::{OPPOSITE, combine};
 use super::{Arguments, BaseUse, Definition, Elementwise, Gram, Known, Pass, Piece};
 use crate::config::{ParameterSpec, Range};
 use crate::kernel::{Threading, vector};
@@ -12,8 +12,6 @@ use crate::kernel::{Threading, vector};
 const LEAST_NORM: f64 = 1e-7;
 /// sin² θ of vectors that are parallel.
 const PARALLEL: f64 = 1e-16;
-/// 1 + cos θ of vectors that are opposite: what is left of their arc is rounding noise.
-const OPPOSITE: f64 = 1e-12;
 
 pub(super) static DEFINITION: Definition = Definition {
     name: "nuslerp",

@@ -523,6 +523,7 @@ fn b24_statistics_of_another_model() {
             "{out}: no reason in the report: {}",
             merged.report
         );
+        assert!(merged.report["warnings"].to_string().contains("the statistics fit no parameter"), "{out}");
         let plan = scratch.plan(&config(head), &[]).to_string();
         assert!(plan.contains("has no"), "{out}: no reason in the plan: {plan}");
         scratch.refuse_unread(&format!("{}unmatched: error\n", config(head)), &["`w`", "unmatched"]);
