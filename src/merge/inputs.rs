@@ -230,6 +230,27 @@ impl Inputs {
         Ok(())
     }
 
+    /// The stored bytes of elements of a float tensor, not looked at; `None` where values are made, or where a sweep keeps
+    /// what is read.
+    ///
+    /// # Errors
+    /// [`MergeError::Read`].
+    pub fn stored<'a>(
+        &'a self,
+        source: SourceId,
+        meta: &TensorMeta,
+        elements: Range<usize>,
+        scratch: &'a mut Vec<u8>,
+    ) -> Result<Option<&'a [u8]>, MergeError> {
+        let view = &self.checkpoints[source];
+        let Some(width) = meta.dtype.float_bytes().filter(|_| view.is_stored(meta) && !pieces::active())
+        else {
+            return Ok(None);
+        };
+        let range = (elements.start * width) as u64..(elements.end * width) as u64;
+        Ok(Some(view.read_stored(meta, range, scratch)?))
+    }
+
     /// # Errors
     /// [`MergeError::NonFinite`] naming the first value that is not finite.
     pub fn check_finite<T: Real>(

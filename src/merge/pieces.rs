@@ -49,6 +49,11 @@ pub(super) fn shared<R>(work: impl FnOnce() -> R) -> R {
     work()
 }
 
+/// Whether pieces are being kept.
+pub(super) fn active() -> bool {
+    PIECES.with_borrow(|pieces| pieces.active)
+}
+
 /// Hands the kept bytes at `offset` to `decode`; false where they are not kept.
 pub(super) fn take(kind: Kind, offset: u64, len: usize, decode: impl FnOnce(&[u8])) -> bool {
     PIECES.with_borrow(|pieces| {

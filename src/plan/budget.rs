@@ -17,7 +17,7 @@ use crate::precond::{KroneckerKind, cost};
 use crate::report::StepReport;
 use crate::solve::lanczos;
 use crate::statistics::{Form, Kind};
-use crate::write::checksum;
+use crate::write::{BlockBuffer, checksum};
 
 /// One output buffer: encoded values on their way to the writer.
 pub const OUT_BUFFER_BYTES: usize = 512 << 10;
@@ -35,7 +35,7 @@ pub fn out_buffers(threads: usize) -> usize {
 
 /// Memory that is not a block's: `metadata` is what the process holds once all headers are open.
 pub fn overhead_bytes(threads: usize, metadata: u64) -> u64 {
-    let buffers = (out_buffers(threads) * OUT_BUFFER_BYTES) as u64;
+    let buffers = (out_buffers(threads) * (OUT_BUFFER_BYTES + BlockBuffer::SPARE_BYTES)) as u64;
     metadata + SLACK_BYTES + HASHING_BYTES + threads as u64 * WORKER_BYTES + buffers
 }
 

@@ -42,8 +42,12 @@ pub use task::TaskSources;
 const LONG_FLOPS: f64 = 1e12;
 /// Blocks with more flops than this run alone with parallel kernels, smaller ones side by side.
 const LARGE_FLOPS: f64 = 1e9;
-/// Elementwise blocks with more elements than this are cut into tiles that run side by side.
-const LARGE_ELEMENTS: usize = 4 << 20;
+/// Elementwise blocks with more elements than this, divided by the threads, are cut into tiles that run side by side. Smaller
+/// ones run whole, each on one thread: then one writes while another measures, and nobody waits at the end of a pass.
+/// Divided, because what is read at the same time must not outrun the readahead.
+const LARGE_ELEMENTS: usize = 64 << 20;
+/// The same for however many threads.
+const LEAST_LARGE_ELEMENTS: usize = 4 << 20;
 
 /// Resources the user gave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -518,7 +522,7 @@ impl Whole {
                 write_bytes: meta.bytes,
                 masks: None,
                 flops: 0.0,
-                large: elements > LARGE_ELEMENTS,
+                large: elements > large_elements(self.threads),
             });
         }
         self.blocks.append(&mut rest);
@@ -538,6 +542,11 @@ struct Planner<'a> {
     model_passes: u64,
     /// Least bytes of the most demanding block, and its name.
     worst: (u64, String),
+}
+
+/// Elements from which on a block is cut.
+fn large_elements(threads: usize) -> usize {
+    (LARGE_ELEMENTS / threads.max(1)).max(LEAST_LARGE_ELEMENTS)
 }
 
 impl Planner<'_> {
@@ -587,7 +596,7 @@ impl Planner<'_> {
             write_bytes: meta.bytes,
             masks: None,
             flops: 0.0,
-            large: meta.elements() as usize > LARGE_ELEMENTS,
+            large: meta.elements() as usize > large_elements(self.threads),
         }
     }
 

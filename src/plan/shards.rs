@@ -13,6 +13,12 @@ use crate::report::units::{Bytes, Escaped};
 /// A safetensors header may take this many bytes at most (contract §1), its padding included.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
 
+/// A disk's block and a page: what writes that pass the page cache by are cut at.
+pub const BLOCK_BYTES: u64 = 4096;
+
+/// From so much tensor data on, a shard's data begins at a whole block.
+const BLOCKS_FROM: u64 = 1 << 20;
+
 /// The index's final name.
 pub const INDEX_NAME: &str = "model.safetensors.index.json";
 
@@ -52,7 +58,7 @@ pub struct ShardLayout {
     /// The final name: `model.safetensors`, or `model-00001-of-00003.safetensors`.
     pub file_name: String,
     /// The file's first bytes: 8-byte little-endian length, then JSON padded with spaces to a multiple
-    /// of 8.
+    /// of 8, or of [`BLOCK_BYTES`] before much data.
     pub header: Vec<u8>,
     /// Where tensor data begins: the header's length.
     pub data_start: u64,
@@ -413,9 +419,12 @@ fn lay_out_shard(
         tensors.push(PlacedTensor { spec: index, offset: begin, bytes: spec.bytes });
     }
     json.push('}');
-    while !json.len().is_multiple_of(8) {
-        json.push(' ');
-    }
+    let aligned = |multiple: u64| (8 + json.len() as u64).next_multiple_of(multiple) - 8;
+    let padded = match aligned(BLOCK_BYTES) {
+        padded if end >= BLOCKS_FROM && padded <= MAX_HEADER_BYTES => padded,
+        _ => aligned(8),
+    };
+    json.extend(std::iter::repeat_n(' ', padded as usize - json.len()));
     let mut header = Vec::with_capacity(8 + json.len());
     header.extend_from_slice(&(json.len() as u64).to_le_bytes());
     header.extend_from_slice(json.as_bytes());

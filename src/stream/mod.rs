@@ -87,17 +87,24 @@ pub fn run(
         Engine { plans, inputs, writers, progress, cancel, position: &position, drop_cache, finished, known };
 
     let (reports, written) = std::thread::scope(|threads| {
-        let spawned = std::thread::Builder::new().name("writer".to_owned()).spawn_scoped(threads, || {
-            let result = drain.run(writers);
-            if result.is_err() {
-                cancel.store(true, Ordering::Relaxed);
+        let mut drained = Vec::new();
+        for k in 0..sink::writer_threads(writers) {
+            let drain = drain.clone();
+            let work = move || {
+                let result = drain.run(writers);
+                if result.is_err() {
+                    cancel.store(true, Ordering::Relaxed);
+                }
+                result
+            };
+            match std::thread::Builder::new().name(format!("writer-{k}")).spawn_scoped(threads, work) {
+                Ok(thread) => drained.push(thread),
+                // One can do it alone.
+                Err(_) if k > 0 => break,
+                Err(source) => return (Err(MergeError::Threads { source }), Ok(())),
             }
-            result
-        });
-        let drained = match spawned {
-            Ok(drained) => drained,
-            Err(source) => return (Err(MergeError::Threads { source }), Ok(())),
-        };
+        }
+        drop(drain);
         // Only faster with it.
         let _ = std::thread::Builder::new()
             .name("readahead".to_owned())
@@ -136,7 +143,9 @@ pub fn run(
         });
         position.stop();
         drop(sink);
-        let written = drained.join().unwrap_or(Err(MergeError::Cancelled));
+        let ended: Vec<Result<(), MergeError>> =
+            (drained.into_iter()).map(|thread| thread.join().unwrap_or(Err(MergeError::Cancelled))).collect();
+        let written: Result<(), MergeError> = ended.into_iter().collect();
         let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
         let reports = reports.into_inner().unwrap_or_else(PoisonError::into_inner);
         (failed.map_or(Ok(reports), Err), written)

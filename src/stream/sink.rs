@@ -10,17 +10,24 @@ use crate::merge::MergeError;
 use crate::merge::block::Values;
 use crate::plan::budget::OUT_BUFFER_BYTES;
 use crate::read::{Dtype, first_nonfinite};
-use crate::write::CheckpointWriter;
+use crate::write::{BlockBuffer, CheckpointWriter, PieceChecksums};
 
-/// Elements encoded at a time: 512 KiB of f64.
+/// Elements encoded at a time where they are written at once: 512 KiB of f64.
 const PIECE: usize = OUT_BUFFER_BYTES / 8;
+
+/// Writes in flight where they pass the page cache by: more keep a disk no busier.
+const DIRECT_WRITERS: usize = 4;
+
+/// Fewer encoded bytes are not worth a buffer of their own.
+const LEAST_QUEUED: usize = 64 << 10;
 
 /// Encoded values on their way to the writer thread.
 pub(super) struct Job {
     outputs: Arc<[usize]>,
     tensor: usize,
     offset: u64,
-    bytes: Vec<u8>,
+    bytes: BlockBuffer,
+    pieces: PieceChecksums,
 }
 
 /// Hands tiles to the writer. A fixed number of buffers goes round; when all are on their way the producers wait.
@@ -28,15 +35,21 @@ pub(super) struct Sink<'w> {
     /// One an output: one, or one for each variant of a sweep.
     writers: &'w [CheckpointWriter],
     jobs: Sender<Job>,
-    free: Receiver<Vec<u8>>,
+    free: Receiver<BlockBuffer>,
     /// Output and tensor of what has been encoded to NaN or an infinity.
     nonfinite: Mutex<BTreeSet<(usize, usize)>>,
 }
 
-/// The writer thread's end.
+/// A writer thread's end.
+#[derive(Clone)]
 pub(super) struct Drain {
     jobs: Receiver<Job>,
-    free: Sender<Vec<u8>>,
+    free: Sender<BlockBuffer>,
+}
+
+/// Writer threads that these writers keep busy.
+pub(super) fn writer_threads(writers: &[CheckpointWriter]) -> usize {
+    if writers.iter().any(CheckpointWriter::is_direct) { DIRECT_WRITERS } else { 1 }
 }
 
 /// Both ends, with `buffers` buffers between them.
@@ -44,7 +57,7 @@ pub(super) fn channel(writers: &[CheckpointWriter], buffers: usize) -> (Sink<'_>
     let (jobs_in, jobs_out) = bounded(buffers);
     let (free_in, free_out) = bounded(buffers);
     for _ in 0..buffers {
-        free_in.send(Vec::new()).expect("both ends are in hand");
+        free_in.send(BlockBuffer::default()).expect("both ends are in hand");
     }
     let nonfinite = Mutex::default();
     (Sink { writers, jobs: jobs_in, free: free_out, nonfinite }, Drain { jobs: jobs_out, free: free_in })
@@ -74,23 +87,28 @@ impl Sink<'_> {
         first: usize,
         values: &[T],
     ) -> Result<(), MergeError> {
-        let width = dtype.float_bytes().unwrap_or(0);
-        for (k, values) in values.chunks(PIECE).enumerate() {
+        let width = dtype.float_bytes().unwrap_or(1);
+        let at_a_time = OUT_BUFFER_BYTES / width;
+        for (k, values) in values.chunks(at_a_time).enumerate() {
             let mut bytes = self.free.recv().map_err(|_| MergeError::Cancelled)?;
-            bytes.resize(values.len() * width, 0);
-            T::encode(dtype, values, &mut bytes);
-            self.look(outputs, tensor, dtype, &bytes);
-            let offset = ((first + k * PIECE) * width) as u64;
-            let job = Job { outputs: Arc::clone(outputs), tensor, offset, bytes };
+            let offset = ((first + k * at_a_time) * width) as u64;
+            let place = self.writers[outputs[0]].direct_place(tensor, offset);
+            let encoded = bytes.prepare(place.unwrap_or(0), values.len() * width);
+            T::encode(dtype, values, encoded);
+            self.look(outputs, tensor, dtype, encoded);
+            // The tensor has the same bytes in all outputs, and here they are in this core's cache.
+            let pieces = self.writers[outputs[0]].piece_checksums(tensor, offset, encoded);
+            let job = Job { outputs: Arc::clone(outputs), tensor, offset, bytes, pieces };
             self.jobs.send(job).map_err(|_| MergeError::Cancelled)?;
         }
         Ok(())
     }
 
-    /// Encodes values and writes them at once, while they are in this core's cache: merges that only stream.
+    /// Encodes values and writes them: merges that only stream. At once, while they are in this core's cache; where writes
+    /// pass the page cache by and wait for the disk, by way of the queue.
     pub fn write(
         &self,
-        outputs: &[usize],
+        outputs: &Arc<[usize]>,
         tensor: usize,
         dtype: Dtype,
         first: usize,
@@ -105,7 +123,7 @@ impl Sink<'_> {
 
     fn write_typed<T: Real>(
         &self,
-        outputs: &[usize],
+        outputs: &Arc<[usize]>,
         tensor: usize,
         dtype: Dtype,
         first: usize,
@@ -113,6 +131,10 @@ impl Sink<'_> {
         buffer: &mut Vec<u8>,
     ) -> Result<(), MergeError> {
         let width = dtype.float_bytes().unwrap_or(0);
+        let direct = |output: &usize| self.writers[*output].direct_place(tensor, 0).is_some();
+        if values.len() * width >= LEAST_QUEUED && outputs.iter().all(direct) {
+            return self.queue_typed(outputs, tensor, dtype, first, values);
+        }
         for (k, values) in values.chunks(PIECE).enumerate() {
             buffer.resize(values.len() * width, 0);
             T::encode(dtype, values, buffer);
@@ -158,7 +180,7 @@ impl Drain {
     pub fn run(self, writers: &[CheckpointWriter]) -> Result<(), MergeError> {
         for job in self.jobs {
             for output in job.outputs.iter() {
-                writers[*output].write_at(job.tensor, job.offset, &job.bytes)?;
+                writers[*output].write_hashed(job.tensor, job.offset, job.bytes.bytes(), &job.pieces)?;
             }
             // The pool takes its buffer back; at the end nobody waits for it.
             let _ = self.free.send(job.bytes);

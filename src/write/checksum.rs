@@ -80,18 +80,17 @@ impl fmt::Display for Checksum {
     }
 }
 
-/// Whole pieces of one write, hashed before any lock is taken.
-pub(super) struct Hashed<'b> {
-    offset: u64,
-    bytes: &'b [u8],
+/// Checksums of the whole pieces of one write: made by whoever has the bytes in its cache, before any lock is taken.
+#[derive(Debug)]
+pub struct PieceChecksums {
     /// First whole piece, and the checksums from there on.
     first: u64,
     whole: Vec<u128>,
 }
 
-impl<'b> Hashed<'b> {
+impl PieceChecksums {
     /// Of `bytes` at `offset` of a tensor of `total` bytes.
-    pub fn new(offset: u64, bytes: &'b [u8], total: u64) -> Self {
+    pub fn new(offset: u64, bytes: &[u8], total: u64) -> Self {
         let end = offset + bytes.len() as u64;
         let first = offset.div_ceil(PIECE_BYTES);
         // The last piece is as short as the tensor leaves it.
@@ -103,8 +102,15 @@ impl<'b> Hashed<'b> {
                 XxHash3_128::oneshot(&bytes[(from - offset) as usize..(to - offset) as usize])
             })
             .collect();
-        Self { offset, bytes, first, whole }
+        Self { first, whole }
     }
+}
+
+/// One write with its checksums.
+pub(super) struct Hashed<'b> {
+    pub offset: u64,
+    pub bytes: &'b [u8],
+    pub pieces: &'b PieceChecksums,
 }
 
 /// Collects one tensor's pieces in any order.
@@ -131,12 +137,13 @@ impl Assembler {
     /// Enters what was written. `room`: bytes that may still be held.
     pub fn add(&mut self, written: &Hashed<'_>, total: u64, room: &mut u64) {
         let end = written.offset + written.bytes.len() as u64;
-        for (k, hash) in written.whole.iter().enumerate() {
-            self.set(written.first + k as u64, *hash);
+        let PieceChecksums { first, whole } = written.pieces;
+        for (k, hash) in whole.iter().enumerate() {
+            self.set(first + k as u64, *hash);
         }
-        let after_whole = written.first + written.whole.len() as u64;
+        let after_whole = first + whole.len() as u64;
         // What is left of the first whole piece, and right of the last; both may be one piece's middle.
-        let head = written.offset..end.min(written.first * PIECE_BYTES);
+        let head = written.offset..end.min(first * PIECE_BYTES);
         let tail = (after_whole * PIECE_BYTES).max(written.offset)..end;
         if !head.is_empty() {
             self.add_part(head.clone(), written, total, room);
@@ -224,6 +231,12 @@ mod tests {
         }
     }
 
+    fn add(assembler: &mut Assembler, range: Range<usize>, data: &[u8], room: &mut u64) {
+        let (offset, bytes, total) = (range.start as u64, &data[range], data.len() as u64);
+        let pieces = PieceChecksums::new(offset, bytes, total);
+        assembler.add(&Hashed { offset, bytes, pieces: &pieces }, total, room);
+    }
+
     fn data(bytes: usize) -> Vec<u8> {
         (0..bytes).map(|k| (k * 31 + k / 251) as u8).collect()
     }
@@ -245,8 +258,7 @@ mod tests {
             let mut room = 1 << 20;
             for part in parts.iter().filter(|p| !p.is_empty()) {
                 prop_assert_eq!(assembler.finish(&spec), None);
-                let part = Hashed::new(part.start as u64, &data[part.clone()], spec.bytes);
-                assembler.add(&part, spec.bytes, &mut room);
+                add(&mut assembler, (*part).clone(), &data, &mut room);
             }
             prop_assert_eq!(room, 1 << 20, "all of it is given back");
             prop_assert_eq!(assembler.finish(&spec), Some(sequential(&spec, &data)));
@@ -269,15 +281,15 @@ mod tests {
         let mut room = 1 << 20;
         for again in [0..10, 65_000..66_000, 131_072..196_608, 0..200_000] {
             let mut assembler = Assembler::new(spec.bytes);
-            assembler.add(&Hashed::new(0, &data, spec.bytes), spec.bytes, &mut room);
-            assembler.add(&Hashed::new(again.start as u64, &data[again], spec.bytes), spec.bytes, &mut room);
+            add(&mut assembler, 0..200_000, &data, &mut room);
+            add(&mut assembler, again, &data, &mut room);
             assert_eq!(assembler.finish(&spec), None);
         }
         // A part over a part.
         let mut assembler = Assembler::new(spec.bytes);
-        assembler.add(&Hashed::new(10, &data[10..20], spec.bytes), spec.bytes, &mut room);
-        assembler.add(&Hashed::new(15, &data[15..30], spec.bytes), spec.bytes, &mut room);
-        assembler.add(&Hashed::new(0, &data, spec.bytes), spec.bytes, &mut room);
+        for range in [10..20, 15..30, 0..200_000] {
+            add(&mut assembler, range, &data, &mut room);
+        }
         assert_eq!(assembler.finish(&spec), None);
     }
 
@@ -292,14 +304,13 @@ mod tests {
         // Each part begins and ends within a piece; from the end, so that an edge waits for the part before it.
         for start in (0..400_000).step_by(70_000).rev() {
             let end = (start + 70_000).min(400_000);
-            assembler.add(&Hashed::new(start as u64, &data[start..end], spec.bytes), spec.bytes, &mut room);
+            add(&mut assembler, start..end, &data, &mut room);
         }
         assert_eq!(assembler.finish(&spec), Some(sequential(&spec, &data)), "neighbours in turn need little");
         assert_eq!(room, ROOM);
         let mut assembler = Assembler::new(spec.bytes);
         for start in (0..400_000).step_by(140_000) {
-            let part = Hashed::new(start as u64 + 1, &data[start + 1..start + 70_000], spec.bytes);
-            assembler.add(&part, spec.bytes, &mut room);
+            add(&mut assembler, start + 1..start + 70_000, &data, &mut room);
         }
         assert_eq!(assembler.finish(&spec), None);
         assert!(assembler.partial.is_empty() && room == ROOM, "what was held is free again");

@@ -19,6 +19,7 @@
 
 pub mod checksum;
 mod coverage;
+mod direct;
 mod error;
 pub(crate) mod fault;
 pub mod journal;
@@ -30,7 +31,8 @@ mod side;
 mod snapshot;
 mod sweep_dir;
 
-pub use checksum::Checksum;
+pub use checksum::{Checksum, PieceChecksums};
+pub use direct::BlockBuffer;
 pub use error::{ExitClass, OverInput, WriteError};
 pub use new_file::NewFile;
 pub use output_dir::OutputDir;

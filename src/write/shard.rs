@@ -1,8 +1,8 @@
 //! One checkpoint on its way to disk: shards preallocated under temporary names, written at any place by
 //! any thread, then made durable and renamed all together.
 //!
-//! Plain positioned writes through the standard library; the page cache does the buffering. Memory taken
-//! is a few words a tensor, never tensor data.
+//! Positioned writes, past the page cache where that can be ([`super::direct`]). Memory taken is a few words a tensor,
+//! never tensor data.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::{self, File, OpenOptions};
@@ -16,8 +16,9 @@ use rustix::fs::{Advice, FallocateFlags, OFlags};
 use rustix::io::Errno;
 use serde_json::value::RawValue;
 
-use super::checksum::{Checksum, Hashed, partial_bytes_of};
+use super::checksum::{Checksum, Hashed, PieceChecksums, partial_bytes_of};
 use super::coverage::Coverage;
+use super::direct;
 use super::error::{WriteError, free_bytes, free_files};
 use super::fault;
 use super::journal::{Journal, Record, RunKey};
@@ -33,7 +34,7 @@ const MAX_OPEN: usize = 16;
 /// Shards kept open by all writers of a sweep together, beside one that each needs.
 const OPEN_IN_ALL: usize = 64;
 
-/// After this many bytes a shard's dirty pages are sent to the disk, so that the final fsync finds
+/// After this many bytes through the page cache a shard's dirty pages are sent to the disk, so that the final fsync finds
 /// little to do and dirty output never crowds the inputs out of memory. 2 GiB written and synced took
 /// 1.1 to 1.9 s with it, 3.8 to 6.7 s without (ext4, three runs each, alternating).
 const WRITE_BACK_BYTES: u64 = 64 << 20;
@@ -93,7 +94,7 @@ pub struct CheckpointWriter {
     dir: OutputDir,
     layout: Arc<OutputLayout>,
     shards: Vec<Shard>,
-    open: Mutex<VecDeque<(usize, Arc<File>)>>,
+    open: Mutex<VecDeque<(usize, Arc<OpenShard>)>>,
     /// Shards kept open at once.
     most_open: usize,
     coverage: Mutex<Coverage>,
@@ -118,10 +119,27 @@ struct Shard {
     temporary: PathBuf,
     /// Device and inode, checked when the file is opened again.
     identity: (u64, u64),
-    /// Bytes written since dirty pages were last sent to the disk.
+    /// Whether whole blocks pass the page cache by.
+    direct: bool,
+    /// Bytes written through the page cache since dirty pages were last sent to the disk.
     dirty: AtomicU64,
     /// One of the constants below.
     durable: AtomicU8,
+}
+
+/// A shard's file while it is open.
+#[derive(Debug)]
+struct OpenShard {
+    file: File,
+    /// The same file, for direct writes.
+    direct: Option<File>,
+}
+
+impl OpenShard {
+    fn new(path: &Path, file: File, file_bytes: u64) -> Arc<Self> {
+        let direct = direct::open(path, &file, file_bytes);
+        Arc::new(Self { file, direct })
+    }
 }
 
 const NOT_SYNCED: u8 = 0;
@@ -203,13 +221,15 @@ impl CheckpointWriter {
                 source,
             })?;
             let identity = (metadata.dev(), metadata.ino());
+            let open = OpenShard::new(&temporary, file, shard.file_bytes);
             writer.shards.push(Shard {
                 temporary,
                 identity,
+                direct: open.direct.is_some(),
                 dirty: AtomicU64::new(0),
                 durable: AtomicU8::new(NOT_SYNCED),
             });
-            writer.remember_open(number, Arc::new(file));
+            writer.remember_open(number, open);
             left -= shard.file_bytes;
         }
         Ok(writer)
@@ -439,7 +459,7 @@ impl CheckpointWriter {
         let file = self.file(number)?;
         Checksum::of_bytes(spec, |range, take| {
             scratch.resize((range.end - range.start) as usize, 0);
-            file.read_exact_at(scratch, start + range.start).map_err(|source| WriteError::Io {
+            file.file.read_exact_at(scratch, start + range.start).map_err(|source| WriteError::Io {
                 path: self.shards[number].temporary.clone(),
                 doing: "read a tensor back",
                 source,
@@ -464,14 +484,55 @@ impl CheckpointWriter {
         self.bytes_written.load(Ordering::Relaxed)
     }
 
+    /// Whether whole blocks of any shard pass the page cache by.
+    pub fn is_direct(&self) -> bool {
+        self.shards.iter().any(|shard| shard.direct)
+    }
+
+    /// Where in its file a byte of a tensor goes, if whole blocks of the file pass the page cache by: what a
+    /// [`BlockBuffer`](direct::BlockBuffer) wants to know. Such writes wait for the disk, so several threads should be at it.
+    pub fn direct_place(&self, tensor: usize, offset: u64) -> Option<u64> {
+        let (number, start) = self.layout.locate(tensor)?;
+        self.shards[number].direct.then(|| start + offset)
+    }
+
     /// Writes `bytes`, encoded as they are to be stored, at `offset` bytes into tensor number `tensor`.
-    /// Pieces of about 4 MiB are fastest. What an earlier run has written stays as it is: the bytes are the same.
+    /// What an earlier run has written stays as it is: the bytes are the same.
     ///
     /// # Errors
     /// [`WriteError::OutOfRange`] if they do not fit the tensor; [`WriteError::NoSpace`] or
     /// [`WriteError::Io`] from the operating system. What was not written does not count, so the call
     /// may be repeated.
     pub fn write_at(&self, tensor: usize, offset: u64, bytes: &[u8]) -> Result<(), WriteError> {
+        self.write(tensor, offset, bytes, None)
+    }
+
+    /// What [`CheckpointWriter::write_hashed`] wants to know of `bytes` at `offset` bytes into a tensor, which must have them.
+    pub fn piece_checksums(&self, tensor: usize, offset: u64, bytes: &[u8]) -> PieceChecksums {
+        PieceChecksums::new(offset, bytes, self.layout.specs().get(tensor).map_or(0, |spec| spec.bytes))
+    }
+
+    /// As [`CheckpointWriter::write_at`], with the checksums of the bytes.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn write_hashed(
+        &self,
+        tensor: usize,
+        offset: u64,
+        bytes: &[u8],
+        pieces: &PieceChecksums,
+    ) -> Result<(), WriteError> {
+        self.write(tensor, offset, bytes, Some(pieces))
+    }
+
+    fn write(
+        &self,
+        tensor: usize,
+        offset: u64,
+        bytes: &[u8],
+        pieces: Option<&PieceChecksums>,
+    ) -> Result<(), WriteError> {
         let length = bytes.len() as u64;
         let (Some(spec), Some((number, start))) =
             (self.layout.specs().get(tensor), self.layout.locate(tensor))
@@ -498,25 +559,26 @@ impl CheckpointWriter {
             return Ok(());
         }
         let shard = &self.shards[number];
-        let file = self.file(number)?;
+        let OpenShard { file, direct } = &*self.file(number)?;
         // A later sync has to look again. A failed sync stays failed.
         let _ = shard.durable.compare_exchange(SYNCED, NOT_SYNCED, Ordering::AcqRel, Ordering::Acquire);
         // Hashed first: then the copy into the page cache finds the bytes in this core's.
-        let hashed = Hashed::new(offset, bytes, spec.bytes);
-        // Repeats short and interrupted writes.
-        fault::point("shard.write").and_then(|()| file.write_all_at(bytes, start + offset)).map_err(
-            |source| {
+        let made = pieces.is_none().then(|| PieceChecksums::new(offset, bytes, spec.bytes));
+        let cached = fault::point("shard.write")
+            .and_then(|()| direct::write_all_at(file, direct.as_ref(), bytes, start + offset))
+            .map_err(|source| {
                 let need = self.layout.tensor_bytes().saturating_sub(self.bytes_written());
                 WriteError::writing(&shard.temporary, "write", need, source)
-            },
-        )?;
+            })?;
         self.bytes_written.fetch_add(length, Ordering::Relaxed);
-        lock(&self.coverage).add(tensor, offset..end, spec, &hashed);
-        if shard.dirty.fetch_add(length, Ordering::Relaxed) + length >= WRITE_BACK_BYTES {
+        if let Some(pieces) = pieces.or(made.as_ref()) {
+            lock(&self.coverage).add(tensor, offset..end, spec, &Hashed { offset, bytes, pieces });
+        }
+        if shard.dirty.fetch_add(cached, Ordering::Relaxed) + cached >= WRITE_BACK_BYTES {
             shard.dirty.store(0, Ordering::Relaxed);
             // On Linux this starts writing the file's dirty pages without waiting, and drops clean ones.
             // Only advice.
-            let _ = rustix::fs::fadvise(&file, 0, None, Advice::DontNeed);
+            let _ = rustix::fs::fadvise(file, 0, None, Advice::DontNeed);
         }
         Ok(())
     }
@@ -560,8 +622,8 @@ impl CheckpointWriter {
         if shard.durable.load(Ordering::Acquire) == SYNC_FAILED {
             return Err(WriteError::NotDurable { path: shard.temporary.clone() });
         }
-        let file = self.file(number)?;
-        fault::point("shard.fsync").and_then(|()| file.sync_data()).map_err(|source| {
+        let open = self.file(number)?;
+        fault::point("shard.fsync").and_then(|()| open.file.sync_data()).map_err(|source| {
             // The kernel forgets a failed page once it has told us: a second fsync may lie.
             shard.durable.store(SYNC_FAILED, Ordering::Release);
             let need = self.layout.shards()[number].file_bytes;
@@ -647,7 +709,7 @@ impl CheckpointWriter {
     ///
     /// Closing a file loses no write error: Linux keeps it with the file and tells whoever next calls
     /// fsync on it.
-    fn file(&self, number: usize) -> Result<Arc<File>, WriteError> {
+    fn file(&self, number: usize) -> Result<Arc<OpenShard>, WriteError> {
         {
             let mut open = lock(&self.open);
             if let Some(position) = open.iter().position(|&(held, _)| held == number)
@@ -680,12 +742,12 @@ impl CheckpointWriter {
         if (metadata.dev(), metadata.ino()) != shard.identity {
             return Err(replaced());
         }
-        let file = Arc::new(file);
-        self.remember_open(number, Arc::clone(&file));
-        Ok(file)
+        let open = OpenShard::new(&shard.temporary, file, self.layout.shards()[number].file_bytes);
+        self.remember_open(number, Arc::clone(&open));
+        Ok(open)
     }
 
-    fn remember_open(&self, number: usize, file: Arc<File>) {
+    fn remember_open(&self, number: usize, file: Arc<OpenShard>) {
         let mut open = lock(&self.open);
         while open.len() >= self.most_open {
             open.pop_front(); // the one unused for longest; threads that still write hold it by their Arc

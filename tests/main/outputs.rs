@@ -1,11 +1,12 @@
 //! What a merge writes, against f64 arithmetic of the tests' own and against the contract's words.
 //!
 //! `methods`: numbers. `rounds`: nested initial guesses. `forms`: one statistic in many forms. `same`: what must not
-//! change a result. `sweep`: several models at once. `directory`: the output directory. `memory`: budgets. `compare`: `inspect` and `diff`.
+//! change a result. `sweep`: several models at once. `large`: files past the page cache. `directory`: the output directory. `memory`: budgets. `compare`: `inspect` and `diff`.
 
 mod compare;
 mod directory;
 mod forms;
+mod large;
 mod memory;
 mod methods;
 mod rounds;

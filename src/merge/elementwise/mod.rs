@@ -13,6 +13,7 @@ mod passes;
 mod places;
 mod random;
 mod starts;
+mod sums;
 mod whole;
 
 mod arcee_fusion;

@@ -1,7 +1,9 @@
 //! Starting points and averages that need nothing but one pass over the models, piece by piece, nothing held.
 
+use std::any::TypeId;
 use std::ops::Range;
 
+use super::sums::{self, Sum};
 use crate::kernel::{Real, dispatch};
 use crate::merge::{Inputs, MergeError, SourceId, Start, Tally};
 
@@ -12,6 +14,8 @@ pub const PIECE: usize = 1 << 14;
 #[derive(Debug, Default)]
 pub struct Scratch {
     bytes: Vec<u8>,
+    /// Of each model whose file is not mapped, where several are read at once.
+    each: Vec<Vec<u8>>,
 }
 
 /// Fills `out` with elements `range` of `start`, all arithmetic in `T`: f32 for merges that are elementwise to the end
@@ -32,6 +36,9 @@ pub fn merge_elementwise<T: Real>(
     for begin in range.clone().step_by(PIECE) {
         let elements = begin..(begin + PIECE).min(range.end);
         let out = &mut out[begin - range.start..elements.end - range.start];
+        if at_once(inputs, start, name, elements.clone(), out, scratch, tally)? {
+            continue;
+        }
         let [x, base_values] = &mut buffers;
         let (x, base_values) = (&mut x[..out.len()], &mut base_values[..out.len()]);
         let mut read = |source: SourceId, values: &mut [T], each: &mut dyn FnMut(usize, &mut [T])| {
@@ -110,4 +117,51 @@ pub fn merge_elementwise<T: Real>(
         }
     }
     Ok(())
+}
+
+/// The same for sums of models that are stored alike, without a detour through memory; false where that cannot be, or where
+/// a value is not finite and somebody has to say which.
+fn at_once<T: Real>(
+    inputs: &Inputs,
+    start: &Start,
+    name: &str,
+    elements: Range<usize>,
+    out: &mut [T],
+    scratch: &mut Scratch,
+    tally: &Tally,
+) -> Result<bool, MergeError> {
+    let (sum, base, terms) = match start {
+        Start::Mean { terms, divisor } => (Sum::Mean { divisor: *divisor as f32 }, None, terms),
+        Start::TaskVectors { base, terms, scale } => {
+            (Sum::TaskVectors { scale: *scale as f32 }, Some((*base, 1.0)), terms)
+        }
+        _ => return Ok(false),
+    };
+    // Starts of solves are f64, and no merge waits for them.
+    if TypeId::of::<T>() != TypeId::of::<f32>() {
+        return Ok(false);
+    }
+    let out: &mut [f32] = bytemuck::cast_slice_mut(out);
+    let count = terms.len() + usize::from(base.is_some());
+    if !(1..=sums::MOST).contains(&count) {
+        return Ok(false);
+    }
+    scratch.each.resize_with(count, Vec::new);
+    let mut stored = Vec::with_capacity(count);
+    let mut dtype = None;
+    for ((source, weight), bytes) in base.iter().chain(terms).zip(&mut scratch.each) {
+        let meta =
+            inputs.tensor(*source, name).expect("a recipe names a checkpoint only where it has the tensor");
+        if !sums::takes(meta.dtype) || *dtype.get_or_insert(meta.dtype) != meta.dtype {
+            return Ok(false);
+        }
+        let Some(bytes) = inputs.stored(*source, meta, elements.clone(), bytes)? else { return Ok(false) };
+        stored.push((bytes, *weight as f32));
+    }
+    let Some(dtype) = dtype else { return Ok(false) };
+    if !sums::sum(sum, dtype, &stored, out) && inputs.refuse_nonfinite {
+        return Ok(false);
+    }
+    tally.add(stored.iter().map(|(bytes, _)| bytes.len() as u64).sum());
+    Ok(true)
 }
