@@ -14,7 +14,8 @@ use crate::operator::{
 };
 use crate::precond::Preconditioner;
 use crate::report::SetupReport;
-use crate::solve::eigen::{Eigen, Pencil, TwoTermInverse};
+use crate::solve::eigen::{Eigen, NoConvergence};
+use crate::solve::pencil::{Pencil, TwoTermInverse};
 use crate::solve::stop::{DirectMethod, StopReason};
 use crate::solve::{
     Any, Cancelled, CgVectors, MaxIterations, RelativeResidual, SolveStart, conjugate_gradients,
@@ -42,7 +43,7 @@ fn setup_flops(shape: BlockShape) -> f64 {
 }
 
 /// Bytes of f64 buffers that a two-model solve holds at its peak for `[out, in]`.
-pub fn memory_bytes(shape: BlockShape) -> u64 {
+pub fn memory_bytes(shape: BlockShape, ridged: bool) -> u64 {
     let (m, n) = (shape.out_features as u64, shape.in_features as u64);
     let side = m.max(n);
     let building = (Eigen::<f64>::SQUARES as u64 + 4) * side * side;
@@ -51,7 +52,10 @@ pub fn memory_bytes(shape: BlockShape) -> u64 {
     let blocks = 8 * m * n;
     let tile = sandwich_scratch::<f64>(shape.out_features, shape.in_features) as u64;
     let panels = tile + PANEL as u64 * (2 * m + n);
-    (building.max(blocks + panels) + vectors + 2 * m * n) * 8
+    // x, r, d, p, and what a solution's part in the null space takes.
+    let leaving = 4 * m * n + TwoTermInverse::null_space_values(shape.out_features, shape.in_features) as u64;
+    let exact = if ridged { 0 } else { leaving + panels };
+    (building.max(blocks + panels).max(exact) + vectors + 2 * m * n) * 8
 }
 
 /// Replaces the initial guess in `x` by the solution of `Σ wᵢ Gᵢ(X-Wᵢ)Aᵢ + μ(X-X₀) = 0`.
@@ -194,6 +198,8 @@ fn attempt(
     let mut refused = None;
     if shift == 0.0 {
         preconditioner.apply_inverse(&r, &mut d, &mut workspace)?;
+        let failed = |source| MergeError::Eigen { tensor: context.tensor.to_owned(), source };
+        preconditioner.inverse.leave_null_space(&mut d, threading).map_err(failed)?;
     } else {
         let damped = Damped::new(&operator, shift);
         let mut q = Buffer::<f64>::zeroed(m * n);
@@ -241,7 +247,7 @@ fn pencil(
     factors: &[(f64, &FactorHandle, f64)],
     side: usize,
     threading: Threading,
-) -> Result<Result<Pencil, crate::solve::eigen::NoConvergence>, OperatorError> {
+) -> Result<Result<Pencil, NoConvergence>, OperatorError> {
     let mut first = Buffer::<f64>::zeroed(side * side);
     let mut sum = Buffer::<f64>::zeroed(side * side);
     for (k, (weight, handle, lift)) in factors.iter().enumerate() {

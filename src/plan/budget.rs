@@ -229,7 +229,9 @@ fn stage_bytes(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockShape, 
     let (m, n) = (shape.out_features, shape.in_features);
     match (stage, solve.system) {
         (Stage::Diagonal, _) => 0,
-        (Stage::TwoTerm, _) => two_term_bytes(shape) + low_rank_scratch(inputs, tensor, solve, shape) * 8,
+        (Stage::TwoTerm, _) => {
+            two_term_bytes(shape, solve.ridge > 0.0) + low_rank_scratch(inputs, tensor, solve, shape) * 8
+        }
         (Stage::Direct(memory), System::Gram(kind)) => {
             let ranks: Vec<_> =
                 solve.models.iter().map(|model| factor_rank(inputs, model.model, tensor, kind, m)).collect();

@@ -6,7 +6,7 @@ use crate::operator::{
     BlockShape, Damped, Factor, KroneckerSum, KroneckerTerm, LinearOperator, MemoryRows, OperatorSum, Panels,
     Symmetric,
 };
-use crate::solve::eigen::{Pencil, TwoTermInverse};
+use crate::solve::pencil::{Pencil, TwoTermInverse};
 use crate::solve::{
     Any, MaxIterations, RefineGoal, RelativeResidual, Silent, StopReason, cholesky, refine, solve,
 };

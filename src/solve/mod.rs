@@ -8,6 +8,7 @@ pub mod cholesky;
 pub mod eigen;
 pub mod lanczos;
 pub mod observe;
+pub mod pencil;
 pub mod refine;
 pub mod stop;
 

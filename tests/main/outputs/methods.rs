@@ -656,4 +656,12 @@ fn two_model_kfac_direct_is_exact_on_low_rank_factors() {
             &format!("ridge {ridge}"),
         );
     }
+    // 54 unknowns, of which the sum weighs 24: the least displacement is the limit of small ridges, whose distance from it is
+    // the ridge times the condition of what is weighed.
+    let text = format!(
+        "merge_method: mats\nsubspace: kfac\nsolver: {{ method: direct }}\n{}",
+        models(&[("a", Some("a.safetensors")), ("b", Some("b.safetensors"))])
+    );
+    let merged = scratch.merge(&text, "exact", &[]);
+    assert_near(&merged.values("w"), &kfac_solution(&terms, &mean, 1e-9), 1e-5, "no ridge");
 }
