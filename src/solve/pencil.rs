@@ -81,9 +81,9 @@ impl Pencil {
         // Forming the matrices and the products has moved a share by so much.
         let floor = EIGENVALUE_FLOOR.max(self.rounding * row.iter().map(|v| v * v).sum::<f64>());
         match self.share[k] {
-            share if share <= floor => Weighed::BySecond,
-            share if 1.0 - share <= floor => Weighed::ByFirst,
-            _ => Weighed::ByBoth,
+            share if share <= floor => Weighed::Second,
+            share if 1.0 - share <= floor => Weighed::First,
+            _ => Weighed::Both,
         }
     }
 
@@ -115,9 +115,9 @@ impl Pencil {
 /// Which of two matrices weigh a direction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Weighed {
-    ByFirst,
-    BySecond,
-    ByBoth,
+    First,
+    Second,
+    Both,
 }
 
 /// A row-major matrix.
@@ -215,10 +215,8 @@ impl TwoTermInverse {
     /// [`NoConvergence`] on values that are not finite.
     pub fn leave_null_space(&self, d: &mut [f64], threading: Threading) -> Result<(), NoConvergence> {
         let (m, n) = (self.g.share.len(), self.a.share.len());
-        let (u1, u2) =
-            (self.g.basis(Weighed::ByFirst, threading)?, self.g.basis(Weighed::BySecond, threading)?);
-        let (w1, w2) =
-            (self.a.basis(Weighed::ByFirst, threading)?, self.a.basis(Weighed::BySecond, threading)?);
+        let (u1, u2) = (self.g.basis(Weighed::First, threading)?, self.g.basis(Weighed::Second, threading)?);
+        let (w1, w2) = (self.a.basis(Weighed::First, threading)?, self.a.basis(Weighed::Second, threading)?);
         if u1.count * w2.count + u2.count * w1.count == 0 {
             return Ok(());
         }
@@ -267,7 +265,7 @@ impl TwoTermInverse {
 
 /// Whether a pair of directions is weighed by no term: the output's by one model alone, the input's by the other alone.
 fn crosswise(output: Weighed, input: Weighed) -> bool {
-    matches!((output, input), (Weighed::ByFirst, Weighed::BySecond) | (Weighed::BySecond, Weighed::ByFirst))
+    matches!((output, input), (Weighed::First, Weighed::Second) | (Weighed::Second, Weighed::First))
 }
 
 #[cfg(test)]
