@@ -29,7 +29,8 @@ struct MultiSlerp {
 
 fn build(arguments: &Arguments<'_>) -> Result<Box<dyn Elementwise>, String> {
     let mut weights = arguments.required_numbers("weight")?;
-    if arguments.boolean("normalize_weights", true) {
+    // One model is the result, whatever its weight is.
+    if arguments.boolean("normalize_weights", true) && weights.len() > 1 {
         let (sum, size) = (weights.iter().sum::<f64>(), weights.iter().map(|w| w.abs()).sum::<f64>());
         if sum.abs() <= 1e-12 * size {
             return Err(format!("the weights {weights:?} sum to 0, and their sum divides"));
