@@ -3,11 +3,12 @@
 //! A checkpoint is synced before it is published, so its bytes have to reach the disk anyway; through the page cache every
 //! byte is copied once more, on a core that could merge. Direct writes want memory and file aligned alike: a buffer lies
 //! at the same phase within a block as its place in the file ([`BlockBuffer`]), whole blocks go straight to the disk, and
-//! ragged ends go through the page cache. The two never share a page. Where a file system refuses, all goes through the page cache.
+//! ragged ends go through the page cache. The two never share a page. Where a file system refuses, and on disks that seek
+//! (the page cache sorts what goes there), all goes through the page cache.
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::OFlags;
@@ -56,10 +57,9 @@ impl BlockBuffer {
     }
 }
 
-/// The file, opened once more for direct writes; `None` where it is small or the file system has none.
+/// The file, opened once more for direct writes; `None` where it is small, its disk seeks or the file system has none.
 pub(super) fn open(path: &Path, file: &File, file_bytes: u64) -> Option<File> {
-    use std::os::unix::fs::MetadataExt;
-    if file_bytes < LEAST_FILE {
+    if file_bytes < LEAST_FILE || seeks(Path::new("/sys/dev/block"), file.metadata().ok()?.dev()) {
         return None;
     }
     let direct = OpenOptions::new()
@@ -69,6 +69,19 @@ pub(super) fn open(path: &Path, file: &File, file_bytes: u64) -> Option<File> {
         .ok()?;
     let (ours, found) = (file.metadata().ok()?, direct.metadata().ok()?);
     ((ours.dev(), ours.ino()) == (found.dev(), found.ino())).then_some(direct)
+}
+
+/// Whether the system says that a device is a rotating disk. Of virtual disks it says so whatever they are.
+fn seeks(devices: &Path, dev: u64) -> bool {
+    let device = devices.join(format!("{}:{}", rustix::fs::major(dev), rustix::fs::minor(dev)));
+    // The place in the tree of devices: of a partition, below its disk.
+    let Ok(place) = device.canonicalize() else { return false };
+    let disk = place.ancestors().take(2).find(|disk| disk.join("queue/rotational").exists());
+    let Some((disk, name)) = disk.and_then(|disk| Some((disk, disk.file_name()?.to_str()?))) else {
+        return false;
+    };
+    let is_virtual = name.starts_with("vd") || name.starts_with("xvd");
+    !is_virtual && std::fs::read_to_string(disk.join("queue/rotational")).is_ok_and(|text| text.trim() == "1")
 }
 
 /// Writes all of `bytes` at `place`; gives how many went through the page cache.
@@ -121,6 +134,26 @@ mod tests {
             assert_eq!((bytes.as_ptr() as usize) % BLOCK, place as usize % BLOCK);
             assert_eq!(buffer.bytes().len(), len);
         }
+    }
+
+    #[test]
+    fn rotating_disks_seek_and_virtual_ones_are_not_believed() {
+        let sys = tempfile::tempdir().unwrap();
+        let disk = |name: &str, partition: &str, rotational: &str, number: &str| {
+            let place = sys.path().join("devices").join(name);
+            std::fs::create_dir_all(place.join("queue")).unwrap();
+            std::fs::create_dir_all(place.join(partition)).unwrap();
+            std::fs::write(place.join("queue/rotational"), rotational).unwrap();
+            std::os::unix::fs::symlink(place.join(partition), sys.path().join(number)).unwrap();
+        };
+        disk("sda", "sda1", "1\n", "8:1");
+        disk("sdb", "", "1\n", "8:16");
+        disk("nvme0n1", "nvme0n1p2", "0\n", "259:2");
+        disk("vda", "vda1", "1\n", "254:1");
+        let seeks = |major, minor| seeks(sys.path(), rustix::fs::makedev(major, minor));
+        assert!(seeks(8, 1) && seeks(8, 16));
+        assert!(!seeks(259, 2) && !seeks(254, 1));
+        assert!(!seeks(0, 45), "a file system without a device of its own");
     }
 
     #[test]
