@@ -610,7 +610,11 @@ pub(super) fn rules<'c>(iteration: &Iteration, cancel: &'c std::sync::atomic::At
         );
     }
     if iteration.preconditioner.is_some() {
-        rule.0.push(Box::new(Stagnation::of::<f32>()));
+        let stagnation = Stagnation::of::<f32>();
+        rule.0.push(Box::new(match stop.objective_decrease {
+            Some(tolerance) => stagnation.or_enough(tolerance),
+            None => stagnation,
+        }));
     }
     rule.0.push(Box::new(MaxIterations(iteration.max_iterations)));
     rule

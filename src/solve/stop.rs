@@ -197,13 +197,23 @@ pub struct Stagnation {
     unit_roundoff: f64,
     errors: f64,
     last: f64,
+    /// Of the objective's decrease so far: a next step that promises less is not asked for.
+    enough: Option<f64>,
 }
 
 impl Stagnation {
     /// For vectors and operators at the precision of `T`.
     pub fn of<T: crate::kernel::Real>() -> Self {
         let unit_roundoff = if T::BYTES == 4 { 2f64.powi(-24) } else { 2f64.powi(-53) };
-        Self { unit_roundoff, errors: 0.0, last: 0.0 }
+        Self { unit_roundoff, errors: 0.0, last: 0.0, enough: None }
+    }
+
+    /// Beside [`ObjectiveDecrease`] of this tolerance, which sees a step when it is done: where there is nothing left, what
+    /// the next would bring (`⟨r, M⁻¹r⟩`, for a preconditioner that fits) tells whether the goal is reached. One step solves
+    /// a diagonal system, and leaves no second to compare it with.
+    #[must_use]
+    pub fn or_enough(self, tolerance: f64) -> Self {
+        Self { enough: Some(tolerance), ..self }
     }
 }
 
@@ -217,7 +227,12 @@ impl StoppingRule for Stagnation {
             self.errors += self.unit_roundoff * (self.last + step.residual_norm);
             self.last = step.residual_norm;
         }
-        (step.iteration > 0 && step.residual_norm <= self.errors).then_some(StopReason::Stagnated)
+        if step.iteration == 0 || step.residual_norm > self.errors {
+            return None;
+        }
+        let left = step.preconditioned_norm.powi(2);
+        let enough = self.enough.is_some_and(|tolerance| left <= tolerance * step.total_decrease);
+        Some(if enough { StopReason::ObjectiveDecrease } else { StopReason::Stagnated })
     }
 }
 

@@ -162,6 +162,26 @@ fn rules_combine_and_the_first_that_fires_is_told() {
 
 /// In f32 the recurrence's residual falls for ever while the true one ends at rounding: the rule ends the solve where they
 /// part, and does not call it converged.
+/// One exact step leaves nothing for a second: the solve is over, not stuck.
+#[test]
+fn what_one_step_solves_has_converged() {
+    let n = 50;
+    let mut values = Buffer::<f32>::zeroed(n);
+    values.iter_mut().enumerate().for_each(|(k, v)| *v = 0.3 + k as f32);
+    let operator = Diagonal::new(BlockShape::new(1, n), vec![values]).unwrap();
+    let jacobi = Jacobi::new(&operator).unwrap();
+    let rhs: Vec<f32> = (0..n).map(|k| (k as f32 * 0.37).cos()).collect();
+    let run = |stagnation| {
+        let mut rule =
+            Any(vec![Box::new(ObjectiveDecrease(1e-5)), Box::new(stagnation), Box::new(MaxIterations(9))]);
+        solve(&operator, &jacobi, &rhs, &vec![0.0; n], &mut rule, &mut Silent).unwrap()
+    };
+    let alone = run(Stagnation::of::<f32>());
+    let beside = run(Stagnation::of::<f32>().or_enough(1e-5));
+    assert_eq!((alone.stop, beside.stop), (StopReason::Stagnated, StopReason::ObjectiveDecrease));
+    assert_eq!((alone.iterations, alone.x), (beside.iterations, beside.x));
+}
+
 #[test]
 fn stagnation_is_recognised_and_refinement_goes_past_it() {
     let n = 200;
