@@ -15,7 +15,7 @@ use rustix::fs::OFlags;
 
 use crate::plan::shards::BLOCK_BYTES;
 
-/// A block, and a page.
+/// A block, and a page where there are direct writes.
 const BLOCK: usize = BLOCK_BYTES as usize;
 
 /// Writes of fewer whole bytes are not worth a trip to the disk each.
@@ -57,9 +57,13 @@ impl BlockBuffer {
     }
 }
 
-/// The file, opened once more for direct writes; `None` where it is small, its disk seeks or the file system has none.
+/// The file, opened once more for direct writes; `None` where it is small, its disk seeks or the file system has none, or
+/// where pages are larger than blocks, so that a ragged end could share one with a direct write.
 pub(super) fn open(path: &Path, file: &File, file_bytes: u64) -> Option<File> {
-    if file_bytes < LEAST_FILE || seeks(Path::new("/sys/dev/block"), file.metadata().ok()?.dev()) {
+    if file_bytes < LEAST_FILE || rustix::param::page_size() != BLOCK {
+        return None;
+    }
+    if seeks(Path::new("/sys/dev/block"), file.metadata().ok()?.dev()) {
         return None;
     }
     let direct = OpenOptions::new()
