@@ -13,6 +13,7 @@ use crate::read::TensorMeta;
 use crate::statistics::ModelStatistics;
 use crate::statistics::factor::FactorSummary;
 use crate::view::View;
+use crate::view::names::twin;
 
 /// Elements decoded, checked and used at a time: 16 KiB of f64, half of a first-level cache.
 const NEAR: usize = 2048;
@@ -148,15 +149,16 @@ impl Inputs {
         self.base.unwrap_or(self.models[0].source)
     }
 
-    /// A tensor's place in a checkpoint.
+    /// A tensor's place in a checkpoint, which may store it under another name.
     pub fn tensor(&self, source: SourceId, name: &str) -> Option<&TensorMeta> {
         let checkpoint = &self.checkpoints[source];
-        checkpoint.get(name).or_else(|| {
+        let tied = || {
             if self.tied.is_empty() {
                 return None;
             }
             self.tied.get(&(source, name.to_owned())).and_then(|stored| checkpoint.get(stored))
-        })
+        };
+        checkpoint.get(name).or_else(tied).or_else(|| checkpoint.get(&twin(name)?))
     }
 
     /// Decodes elements of a float tensor, flat and row-major.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::merge::{Inputs, SourceId};
 use crate::read::{Dtype, TensorMeta, escaped};
-use crate::view::names::{is_head, is_token_embedding};
+use crate::view::names::{is_head, is_token_embedding, twin};
 
 /// Why checkpoints do not fit together.
 #[derive(Debug, thiserror::Error)]
@@ -105,7 +105,7 @@ pub fn align(inputs: &Inputs, untie: bool) -> Result<Alignment, AlignError> {
     let mut extra: BTreeMap<Cow<'_, str>, (&TensorMeta, SourceId)> = BTreeMap::new();
     for source in &sources {
         for (name, tensor) in inputs.checkpoints[*source].tensors() {
-            if !known.contains(&name) {
+            if !known.contains(&name) && !twin(&name).is_some_and(|twin| known.contains(&*twin)) {
                 extra.entry(name).or_insert((tensor, *source));
             }
         }
@@ -145,7 +145,7 @@ pub fn align(inputs: &Inputs, untie: bool) -> Result<Alignment, AlignError> {
         let mut mismatch = None;
         let mut ties = Vec::new();
         for source in &sources {
-            let found = inputs.checkpoints[*source].get(&tensor.name);
+            let found = inputs.tensor(*source, &tensor.name);
             if let Some(found) = found
                 && !found.dtype.is_float()
                 && !found.dtype.is_copied()

@@ -15,6 +15,7 @@ use serde::{Serialize, Serializer};
 use super::StatisticsError;
 use crate::read::checkpoint::within;
 use crate::read::{Dtype, InputFile, IoMode, ReadError, TensorMeta, escaped, pickled, read_header};
+use crate::view::names::twin;
 
 /// What `format` in a statistics file's metadata must say.
 pub const FORMAT: &str = "mats-stream-statistics/1";
@@ -473,8 +474,13 @@ impl ModelStatistics {
 
     /// The statistic of a parameter, through aliases.
     pub fn get(&self, parameter: &str, kind: Kind) -> Option<&Statistic> {
-        let at = self.by_parameter.get(parameter)?[kind as usize]?;
+        let at = self.of_parameter(parameter)?[kind as usize]?;
         self.statistics.get(at as usize)
+    }
+
+    /// By the name that the checkpoint has for it, or the one that the model it was loaded into has.
+    fn of_parameter(&self, parameter: &str) -> Option<&[Option<u32>; Kind::ALL.len()]> {
+        self.by_parameter.get(parameter).or_else(|| self.by_parameter.get(&twin(parameter)?))
     }
 
     /// Names that have any statistic, sorted; those that have it only through an alias too.
@@ -484,7 +490,7 @@ impl ModelStatistics {
 
     /// The kinds that a parameter has, through aliases too.
     pub fn kinds(&self, parameter: &str) -> impl Iterator<Item = Kind> {
-        let kinds = self.by_parameter.get(parameter).copied().unwrap_or_default();
+        let kinds = self.of_parameter(parameter).copied().unwrap_or_default();
         Kind::ALL.into_iter().filter(move |kind| kinds[*kind as usize].is_some())
     }
 

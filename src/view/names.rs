@@ -16,6 +16,16 @@ const EMBEDDINGS: [&str; 6] = [
 const HEAD_BIASES: [&str; 4] =
     ["lm_head.bias", "embed_out.bias", "predictions.decoder.bias", "predictions.bias"];
 
+/// Endings of BERT's normalisations: what TensorFlow called them, as its checkpoints were published, and what they are saved
+/// as today. `transformers` takes one for the other.
+const TWINS: [[&str; 2]; 2] = [["LayerNorm.gamma", "LayerNorm.weight"], ["LayerNorm.beta", "LayerNorm.bias"]];
+
+/// The other name that a tensor may have in a checkpoint of the same model.
+pub fn twin(name: &str) -> Option<String> {
+    let swap = |from: &str, to: &str| name.strip_suffix(from).map(|stem| format!("{stem}{to}"));
+    TWINS.iter().find_map(|[old, new]| swap(old, new).or_else(|| swap(new, old)))
+}
+
 /// A head that models tie to their input embedding.
 pub fn is_head(name: &str) -> bool {
     HEADS.iter().any(|head| name.ends_with(head))

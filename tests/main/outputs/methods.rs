@@ -665,3 +665,67 @@ fn two_model_kfac_direct_is_exact_on_low_rank_factors() {
     let merged = scratch.merge(&text, "exact", &[]);
     assert_near(&merged.values("w"), &kfac_solution(&terms, &mean, 1e-9), 1e-5, "no ridge");
 }
+
+/// BERT's published checkpoints call the normalisations' parameters as TensorFlow did, fine-tuned ones as today's model does.
+#[test]
+fn former_names_of_normalisations_are_the_same_tensors() {
+    let mut random = Random::new(31);
+    let scratch = Scratch::new();
+    let (weight, bias) = ("bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias");
+    let (gamma, beta) = ("bert.embeddings.LayerNorm.gamma", "bert.embeddings.LayerNorm.beta");
+    let mut model = |directory: &str, names: [&str; 2]| {
+        let tensors = [
+            Tensor::random("bert.dense.weight", "F32", &[3, 4], &mut random),
+            Tensor::random(names[0], "F32", &[4], &mut random),
+            Tensor::random(names[1], "F32", &[4], &mut random),
+        ];
+        scratch.model(directory, &tensors);
+        tensors
+    };
+    let base = model("base", [gamma, beta]);
+    let models = [model("m0", [weight, bias]), model("m1", [weight, bias])];
+    let fisher: Vec<Vec<f64>> =
+        (0..2).map(|k| vec![1.0 + f64::from(k), 2.0, 0.5, 4.0 - f64::from(k)]).collect();
+    for (k, fisher) in fisher.iter().enumerate() {
+        Statistics::new().diagonal(weight, &[4], fisher).write(&scratch, &format!("m{k}.safetensors"));
+    }
+    let list = "models: [{ model: m0 }, { model: m1 }]\n";
+    let merged = scratch.merge(
+        &format!("merge_method: task_arithmetic\nbase_model: base\nparameters: {{ weight: 0.5 }}\n{list}"),
+        "arithmetic",
+        &[],
+    );
+    // The output's names are the base's.
+    for (place, name) in [(1, gamma), (2, beta)] {
+        let (m0, m1) = (models[0][place].values(), models[1][place].values());
+        let expected: Vec<f64> = base[place]
+            .values()
+            .iter()
+            .zip(m0.iter().zip(&m1))
+            .map(|(b, (x, y))| b + 0.5 * (x - b) + 0.5 * (y - b))
+            .collect();
+        assert_near(&merged.values(name), &expected, 8.0 * HALF_ULP, name);
+    }
+    assert_eq!(merged.tensors.len(), 3);
+    let averaged = scratch.merge(
+        "merge_method: linear\nparameters: { weight: 1 }\nmodels: [{ model: m0 }, { model: base }]\n",
+        "linear",
+        &[],
+    );
+    let expected: Vec<f64> =
+        models[0][1].values().iter().zip(base[1].values()).map(|(x, b)| (x + b) / 2.0).collect();
+    assert_near(&averaged.values(weight), &expected, 2.0 * HALF_ULP, weight);
+    // Statistics go by the name that the loaded model has.
+    let with =
+        "models: [{ model: m0, statistics: m0.safetensors }, { model: m1, statistics: m1.safetensors }]\n";
+    let merged = scratch.merge(&format!("merge_method: fisher\nbase_model: base\n{with}"), "fisher", &[]);
+    let expected: Vec<f64> = (0..4)
+        .map(|i| {
+            let terms = (0..2).map(|k| (fisher[k][i], models[k][1].values()[i]));
+            let (sum, of) = terms.fold((0.0, 0.0), |(sum, of), (f, x)| (sum + f * x, of + f));
+            sum / of
+        })
+        .collect();
+    assert_near(&merged.values(gamma), &expected, 2.0 * HALF_ULP, gamma);
+    assert_eq!(merged.parameter(gamma)["subspace"], "fisher_diagonal");
+}
