@@ -57,9 +57,37 @@ impl BlockBuffer {
     }
 }
 
+/// A shard's file while it is open.
+#[derive(Debug)]
+pub(super) struct OpenShard {
+    pub file: File,
+    /// The same file, for direct writes.
+    direct: Option<File>,
+}
+
+impl OpenShard {
+    /// Of a file that stands at `path` and is to have so many bytes.
+    pub fn new(path: &Path, file: File, file_bytes: u64) -> Self {
+        Self { direct: open(path, &file, file_bytes), file }
+    }
+
+    /// Whether whole blocks pass the page cache by.
+    pub fn is_direct(&self) -> bool {
+        self.direct.is_some()
+    }
+
+    /// Writes all of `bytes` at `place`; gives how many went through the page cache.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn write_all_at(&self, bytes: &[u8], place: u64) -> io::Result<u64> {
+        write_all_at(&self.file, self.direct.as_ref(), bytes, place)
+    }
+}
+
 /// The file, opened once more for direct writes; `None` where it is small, its disk seeks or the file system has none, or
 /// where pages are larger than blocks, so that a ragged end could share one with a direct write.
-pub(super) fn open(path: &Path, file: &File, file_bytes: u64) -> Option<File> {
+fn open(path: &Path, file: &File, file_bytes: u64) -> Option<File> {
     if file_bytes < LEAST_FILE || rustix::param::page_size() != BLOCK {
         return None;
     }
@@ -92,7 +120,7 @@ fn seeks(devices: &Path, dev: u64) -> bool {
 ///
 /// # Errors
 /// The page cache's, which has the last word: what a direct write refuses is written through it.
-pub(super) fn write_all_at(file: &File, direct: Option<&File>, bytes: &[u8], place: u64) -> io::Result<u64> {
+fn write_all_at(file: &File, direct: Option<&File>, bytes: &[u8], place: u64) -> io::Result<u64> {
     let mut done = 0;
     let mut cached = 0;
     if let (Some(direct), Some(blocks)) = (direct, whole_blocks(bytes, place)) {

@@ -18,7 +18,7 @@ use serde_json::value::RawValue;
 
 use super::checksum::{Checksum, Hashed, PieceChecksums, partial_bytes_of};
 use super::coverage::Coverage;
-use super::direct;
+use super::direct::OpenShard;
 use super::error::{WriteError, free_bytes, free_files};
 use super::fault;
 use super::journal::{Journal, Record, RunKey};
@@ -127,21 +127,6 @@ struct Shard {
     durable: AtomicU8,
 }
 
-/// A shard's file while it is open.
-#[derive(Debug)]
-struct OpenShard {
-    file: File,
-    /// The same file, for direct writes.
-    direct: Option<File>,
-}
-
-impl OpenShard {
-    fn new(path: &Path, file: File, file_bytes: u64) -> Arc<Self> {
-        let direct = direct::open(path, &file, file_bytes);
-        Arc::new(Self { file, direct })
-    }
-}
-
 const NOT_SYNCED: u8 = 0;
 const SYNCED: u8 = 1;
 const SYNC_FAILED: u8 = 2;
@@ -221,11 +206,11 @@ impl CheckpointWriter {
                 source,
             })?;
             let identity = (metadata.dev(), metadata.ino());
-            let open = OpenShard::new(&temporary, file, shard.file_bytes);
+            let open = Arc::new(OpenShard::new(&temporary, file, shard.file_bytes));
             writer.shards.push(Shard {
                 temporary,
                 identity,
-                direct: open.direct.is_some(),
+                direct: open.is_direct(),
                 dirty: AtomicU64::new(0),
                 durable: AtomicU8::new(NOT_SYNCED),
             });
@@ -490,7 +475,7 @@ impl CheckpointWriter {
     }
 
     /// Where in its file a byte of a tensor goes, if whole blocks of the file pass the page cache by: what a
-    /// [`BlockBuffer`](direct::BlockBuffer) wants to know. Such writes wait for the disk, so several threads should be at it.
+    /// [`BlockBuffer`](super::BlockBuffer) wants to know. Such writes wait for the disk, so several threads should be at it.
     pub fn direct_place(&self, tensor: usize, offset: u64) -> Option<u64> {
         let (number, start) = self.layout.locate(tensor)?;
         self.shards[number].direct.then(|| start + offset)
@@ -559,13 +544,13 @@ impl CheckpointWriter {
             return Ok(());
         }
         let shard = &self.shards[number];
-        let OpenShard { file, direct } = &*self.file(number)?;
+        let open = self.file(number)?;
         // A later sync has to look again. A failed sync stays failed.
         let _ = shard.durable.compare_exchange(SYNCED, NOT_SYNCED, Ordering::AcqRel, Ordering::Acquire);
         // Hashed first: then the copy into the page cache finds the bytes in this core's.
         let made = pieces.is_none().then(|| PieceChecksums::new(offset, bytes, spec.bytes));
         let cached = fault::point("shard.write")
-            .and_then(|()| direct::write_all_at(file, direct.as_ref(), bytes, start + offset))
+            .and_then(|()| open.write_all_at(bytes, start + offset))
             .map_err(|source| {
                 let need = self.layout.tensor_bytes().saturating_sub(self.bytes_written());
                 WriteError::writing(&shard.temporary, "write", need, source)
@@ -578,7 +563,7 @@ impl CheckpointWriter {
             shard.dirty.store(0, Ordering::Relaxed);
             // On Linux this starts writing the file's dirty pages without waiting, and drops clean ones.
             // Only advice.
-            let _ = rustix::fs::fadvise(file, 0, None, Advice::DontNeed);
+            let _ = rustix::fs::fadvise(&open.file, 0, None, Advice::DontNeed);
         }
         Ok(())
     }
@@ -742,7 +727,8 @@ impl CheckpointWriter {
         if (metadata.dev(), metadata.ino()) != shard.identity {
             return Err(replaced());
         }
-        let open = OpenShard::new(&shard.temporary, file, self.layout.shards()[number].file_bytes);
+        let file_bytes = self.layout.shards()[number].file_bytes;
+        let open = Arc::new(OpenShard::new(&shard.temporary, file, file_bytes));
         self.remember_open(number, Arc::clone(&open));
         Ok(open)
     }
