@@ -37,12 +37,8 @@ impl Pencil {
     ) -> Result<Self, NoConvergence> {
         let noise = NOISE_FLOOR * eigenvalue_noise(sum, side, unit_roundoff);
         let whole = Eigen::of(mat(sum, side, side))?;
-        let floor = noise.max(EIGENVALUE_FLOOR * whole.values.last().copied().unwrap_or(0.0));
-        let mut whiten = whole.vectors;
-        for (row, value) in whiten.chunks_exact_mut(side.max(1)).zip(&whole.values) {
-            let scale = if *value > floor { value.sqrt().recip() } else { 0.0 };
-            row.iter_mut().for_each(|v| *v *= scale);
-        }
+        let largest = whole.values.last().copied().unwrap_or(0.0);
+        let whiten = whitening(whole, noise.max(EIGENVALUE_FLOOR * largest));
         // whiten·B₁·whitenᵀ, in `first`, by way of `sum`.
         gemm(
             mat_mut(sum, side, side),
@@ -71,7 +67,6 @@ impl Pencil {
             threading,
         );
         let share = inner.values.iter().map(|v| v.clamp(0.0, 1.0)).collect();
-        let largest = whole.values.last().copied().unwrap_or(0.0);
         Ok(Self { vectors, share, rounding: ROUNDING * f64::EPSILON * largest })
     }
 
@@ -98,18 +93,27 @@ impl Pencil {
     /// [`NoConvergence`] on values that are not finite.
     fn basis(&self, weighed: Weighed, threading: Threading) -> Result<Rows, NoConvergence> {
         let side = self.share.len();
-        let mut rows = Rows { count: 0, side, values: Vec::new() };
-        for k in (0..side).filter(|k| self.weighed(*k) == weighed) {
-            let norm = self.row(k).iter().map(|v| v * v).sum::<f64>().sqrt();
-            // A direction that neither weighs has no column.
-            if norm > 0.0 {
-                rows.values.extend(self.row(k).iter().map(|v| v / norm));
-                rows.count += 1;
-            }
+        let norm = |k: usize| self.row(k).iter().map(|v| v * v).sum::<f64>().sqrt();
+        // A direction that neither weighs has no column.
+        let ours: Vec<usize> = (0..side).filter(|k| self.weighed(*k) == weighed && norm(*k) > 0.0).collect();
+        let mut rows = Rows::of(ours.len(), side);
+        for (row, k) in rows.values.chunks_exact_mut(side.max(1)).zip(ours) {
+            let norm = norm(k);
+            row.iter_mut().zip(self.row(k)).for_each(|(to, v)| *to = v / norm);
         }
         // Twice is enough: the first leaves them almost orthonormal.
         rows.orthonormal(threading)?.orthonormal(threading)
     }
+}
+
+/// `Λ^(-½)·Qᵀ`, with 0 for eigenvalues up to `floor`.
+fn whitening(eigen: Eigen, floor: f64) -> Buffer<f64> {
+    let mut rows = eigen.vectors;
+    for (row, value) in rows.chunks_exact_mut(eigen.values.len().max(1)).zip(&eigen.values) {
+        let scale = if *value > floor { value.sqrt().recip() } else { 0.0 };
+        row.iter_mut().for_each(|v| *v *= scale);
+    }
+    rows
 }
 
 /// Which of two matrices weigh a direction.
@@ -125,12 +129,12 @@ enum Weighed {
 struct Rows {
     count: usize,
     side: usize,
-    values: Vec<f64>,
+    values: Buffer<f64>,
 }
 
 impl Rows {
     fn of(count: usize, side: usize) -> Self {
-        Self { count, side, values: vec![0.0; count * side] }
+        Self { count, side, values: Buffer::zeroed(count * side) }
     }
 
     fn view(&self) -> MatRef<'_, f64> {
@@ -155,12 +159,8 @@ impl Rows {
             return Ok(Self::of(0, self.side));
         }
         let gram = Self::product(self.view(), self.view().transpose(), threading);
-        let mut eigen: Eigen = Eigen::of(gram.view())?;
-        for (row, value) in eigen.vectors.chunks_exact_mut(self.count.max(1)).zip(&eigen.values) {
-            let scale = if *value > EIGENVALUE_FLOOR { value.sqrt().recip() } else { 0.0 };
-            row.iter_mut().for_each(|v| *v *= scale);
-        }
-        Ok(Self::product(mat(&eigen.vectors, self.count, self.count), self.view(), threading))
+        let whiten = whitening(Eigen::of(gram.view())?, EIGENVALUE_FLOOR);
+        Ok(Self::product(mat(&whiten, self.count, self.count), self.view(), threading))
     }
 }
 
@@ -172,15 +172,12 @@ impl Rows {
 pub struct TwoTermInverse {
     a: Pencil,
     g: Pencil,
-    a_weighed: Vec<Weighed>,
-    g_weighed: Vec<Weighed>,
 }
 
 impl TwoTermInverse {
     /// From the pencils of the input and of the output factors (weights folded into the factors).
     pub fn new(a: Pencil, g: Pencil) -> Self {
-        let weighed = |pencil: &Pencil| (0..pencil.share.len()).map(|k| pencil.weighed(k)).collect();
-        Self { a_weighed: weighed(&a), g_weighed: weighed(&g), a, g }
+        Self { a, g }
     }
 
     /// `R ← (…)⁻¹ R`; `t` is scratch of `r`'s length.
@@ -193,11 +190,10 @@ impl TwoTermInverse {
         // Vgᵀ·R·Va, divided, and back: Vg·(…)·Vaᵀ.
         gemm(mat_mut(t, m, n), false, mat(r, m, n), va.transpose(), 1.0, threading);
         gemm(mat_mut(r, m, n), false, vg, mat(t, m, n), 1.0, threading);
-        let outputs = self.g.share.iter().zip(&self.g_weighed);
-        for (row, (b, g_weighed)) in r.chunks_exact_mut(n.max(1)).zip(outputs) {
-            for ((v, a), a_weighed) in row.iter_mut().zip(&self.a.share).zip(&self.a_weighed) {
+        for (row, b) in r.chunks_exact_mut(n.max(1)).zip(&self.g.share) {
+            for (v, a) in row.iter_mut().zip(&self.a.share) {
                 let weight = b * a + (1.0 - b) * (1.0 - a);
-                *v = if crosswise(*g_weighed, *a_weighed) { 0.0 } else { *v / weight };
+                *v = if weight > EIGENVALUE_FLOOR { *v / weight } else { 0.0 };
             }
         }
         gemm(mat_mut(t, m, n), false, vg.transpose(), mat(r, m, n), 1.0, threading);
@@ -261,11 +257,6 @@ impl TwoTermInverse {
         let side = m.max(n);
         3 * (m * m + n * n) + 4 * m * n + (Eigen::<f64>::SQUARES + 3) * side * side
     }
-}
-
-/// Whether a pair of directions is weighed by no term: the output's by one model alone, the input's by the other alone.
-fn crosswise(output: Weighed, input: Weighed) -> bool {
-    matches!((output, input), (Weighed::First, Weighed::Second) | (Weighed::Second, Weighed::First))
 }
 
 #[cfg(test)]

@@ -18,9 +18,6 @@ const PIECE: usize = OUT_BUFFER_BYTES / 8;
 /// Writes in flight where they pass the page cache by: more keep a disk no busier.
 const DIRECT_WRITERS: usize = 4;
 
-/// Fewer encoded bytes are not worth a buffer of their own.
-const LEAST_QUEUED: usize = 64 << 10;
-
 /// Encoded values on their way to the writer thread.
 pub(super) struct Job {
     outputs: Arc<[usize]>,
@@ -132,7 +129,7 @@ impl Sink<'_> {
     ) -> Result<(), MergeError> {
         let width = dtype.float_bytes().unwrap_or(0);
         let direct = |output: &usize| self.writers[*output].direct_place(tensor, 0).is_some();
-        if values.len() * width >= LEAST_QUEUED && outputs.iter().all(direct) {
+        if values.len() * width >= BlockBuffer::LEAST_BYTES && outputs.iter().all(direct) {
             return self.queue_typed(outputs, tensor, dtype, first, values);
         }
         for (k, values) in values.chunks(PIECE).enumerate() {

@@ -18,9 +18,6 @@ use crate::plan::shards::BLOCK_BYTES;
 /// A block, and a page where there are direct writes.
 const BLOCK: usize = BLOCK_BYTES as usize;
 
-/// Writes of fewer whole bytes are not worth a trip to the disk each.
-const LEAST: usize = 64 << 10;
-
 /// Files of fewer bytes go through the page cache: the sync at the end costs more than the copies.
 const LEAST_FILE: u64 = 16 << 20;
 
@@ -35,6 +32,9 @@ pub struct BlockBuffer {
 impl BlockBuffer {
     /// What it holds beyond the bytes asked for.
     pub const SPARE_BYTES: usize = 2 * BLOCK;
+
+    /// Fewer bytes are not worth a trip to the disk of their own.
+    pub const LEAST_BYTES: usize = 64 << 10;
 
     /// Room for `len` bytes that go to `place`; what is in them is not said.
     pub fn prepare(&mut self, place: u64, len: usize) -> &mut [u8] {
@@ -91,7 +91,8 @@ fn open(path: &Path, file: &File, file_bytes: u64) -> Option<File> {
     if file_bytes < LEAST_FILE || rustix::param::page_size() != BLOCK {
         return None;
     }
-    if seeks(Path::new("/sys/dev/block"), file.metadata().ok()?.dev()) {
+    let ours = file.metadata().ok()?;
+    if seeks(Path::new("/sys/dev/block"), ours.dev()) {
         return None;
     }
     let direct = OpenOptions::new()
@@ -99,7 +100,7 @@ fn open(path: &Path, file: &File, file_bytes: u64) -> Option<File> {
         .custom_flags((OFlags::DIRECT | OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32)
         .open(path)
         .ok()?;
-    let (ours, found) = (file.metadata().ok()?, direct.metadata().ok()?);
+    let found = direct.metadata().ok()?;
     ((ours.dev(), ours.ino()) == (found.dev(), found.ino())).then_some(direct)
 }
 
@@ -149,13 +150,15 @@ fn write_all_at(file: &File, direct: Option<&File>, bytes: &[u8], place: u64) ->
 fn whole_blocks(bytes: &[u8], place: u64) -> Option<std::ops::Range<usize>> {
     let start = bytes.as_ptr().align_offset(BLOCK);
     let end = start.checked_add(bytes.len().checked_sub(start)? / BLOCK * BLOCK)?;
-    (place.checked_add(start as u64)?.is_multiple_of(BLOCK_BYTES) && end - start >= LEAST)
+    (place.checked_add(start as u64)?.is_multiple_of(BLOCK_BYTES) && end - start >= BlockBuffer::LEAST_BYTES)
         .then_some(start..end)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const LEAST: usize = BlockBuffer::LEAST_BYTES;
 
     #[test]
     fn a_buffer_lies_as_its_place_does() {

@@ -548,7 +548,14 @@ impl CheckpointWriter {
         // A later sync has to look again. A failed sync stays failed.
         let _ = shard.durable.compare_exchange(SYNCED, NOT_SYNCED, Ordering::AcqRel, Ordering::Acquire);
         // Hashed first: then the copy into the page cache finds the bytes in this core's.
-        let made = pieces.is_none().then(|| PieceChecksums::new(offset, bytes, spec.bytes));
+        let made;
+        let pieces = match pieces {
+            Some(pieces) => pieces,
+            None => {
+                made = PieceChecksums::new(offset, bytes, spec.bytes);
+                &made
+            }
+        };
         let cached = fault::point("shard.write")
             .and_then(|()| open.write_all_at(bytes, start + offset))
             .map_err(|source| {
@@ -556,9 +563,7 @@ impl CheckpointWriter {
                 WriteError::writing(&shard.temporary, "write", need, source)
             })?;
         self.bytes_written.fetch_add(length, Ordering::Relaxed);
-        if let Some(pieces) = pieces.or(made.as_ref()) {
-            lock(&self.coverage).add(tensor, offset..end, spec, &Hashed { offset, bytes, pieces });
-        }
+        lock(&self.coverage).add(tensor, offset..end, spec, &Hashed { offset, bytes, pieces });
         if shard.dirty.fetch_add(cached, Ordering::Relaxed) + cached >= WRITE_BACK_BYTES {
             shard.dirty.store(0, Ordering::Relaxed);
             // On Linux this starts writing the file's dirty pages without waiting, and drops clean ones.

@@ -79,46 +79,31 @@ fn of_count<const K: usize, const SIZE: usize>(
     let weights: [f32; K] = std::array::from_fn(|k| terms[k].1);
     match sum {
         // A division by 1 changes nothing and takes as long as another.
-        Sum::Mean { divisor: 1.0 } => dispatch(
+        Sum::Mean { divisor: 1.0 } => elements(
+            models,
+            out,
+            decode,
             #[inline(always)]
-            || {
-                elements(
-                    models,
-                    out,
-                    decode,
-                    #[inline(always)]
-                    |x| weighted(&x, &weights),
-                )
-            },
+            |x| weighted(&x, &weights),
         ),
-        Sum::Mean { divisor } => dispatch(
+        Sum::Mean { divisor } => elements(
+            models,
+            out,
+            decode,
             #[inline(always)]
-            || {
-                elements(
-                    models,
-                    out,
-                    decode,
-                    #[inline(always)]
-                    |x| weighted(&x, &weights) / divisor,
-                )
-            },
+            |x| weighted(&x, &weights) / divisor,
         ),
-        Sum::TaskVectors { scale } => dispatch(
+        Sum::TaskVectors { scale } => elements(
+            models,
+            out,
+            decode,
             #[inline(always)]
-            || {
-                elements(
-                    models,
-                    out,
-                    decode,
-                    #[inline(always)]
-                    |x| {
-                        let mut sum = 0.0;
-                        for k in 1..K {
-                            sum += weights[k] * (x[k] - x[0]);
-                        }
-                        x[0] + scale * sum
-                    },
-                )
+            |x| {
+                let mut sum = 0.0;
+                for k in 1..K {
+                    sum += weights[k] * (x[k] - x[0]);
+                }
+                x[0] + scale * sum
             },
         ),
     }
@@ -133,10 +118,24 @@ fn weighted<const K: usize>(x: &[f32; K], weights: &[f32; K]) -> f32 {
     sum
 }
 
+/// Compiled for each vector unit. All is handed on by value: what a closure borrows is not inlined, and the loop stays scalar.
+#[inline(always)]
+fn elements<const K: usize, const SIZE: usize>(
+    models: [&[[u8; SIZE]]; K],
+    out: &mut [f32],
+    decode: impl Fn([u8; SIZE]) -> u32 + Copy,
+    result: impl Fn([f32; K]) -> f32,
+) -> bool {
+    dispatch(
+        #[inline(always)]
+        move || elements_here(models, out, decode, result),
+    )
+}
+
 /// One plain loop over the elements, which the compiler vectorises: nothing in it may branch, and every slice has one length.
 #[inline(always)]
 #[allow(clippy::needless_range_loop, reason = "one index into several slices")]
-fn elements<const K: usize, const SIZE: usize>(
+fn elements_here<const K: usize, const SIZE: usize>(
     models: [&[[u8; SIZE]]; K],
     out: &mut [f32],
     decode: impl Fn([u8; SIZE]) -> u32 + Copy,
