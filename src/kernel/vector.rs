@@ -9,7 +9,8 @@ use super::{Real, Threading, dispatch};
 
 /// Elements of one piece of a sum: 64 Ki, two vectors of f32 in 512 KiB.
 const PIECE: usize = 1 << 16;
-const LANES: usize = 16;
+/// Interleaved sums.
+pub(crate) const LANES: usize = 16;
 
 /// `Σ term(xᵢ, yᵢ)` in interleaved lanes, added up by a fixed tree. Cut into arrays, so that nothing is left to check in
 /// the loop and it is vectorised.
@@ -29,7 +30,8 @@ fn sum_lanes<T: Real>(x: &[T], y: &[T], term: impl Fn(f64, f64) -> f64) -> f64 {
 }
 
 #[inline(always)]
-fn add_lanes(mut lanes: [f64; LANES]) -> f64 {
+/// The tree that ends a sum.
+pub(crate) fn add_lanes(mut lanes: [f64; LANES]) -> f64 {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::diagonal::{DiagonalOutcome, DiagonalSystem};
 use super::direct::{DirectMemory, DirectOutcome, GramDirect};
-use super::elementwise::{self, MethodStart, Scratch};
+use super::elementwise::{self, MethodStart, Scratch, merge_stored};
 use super::iterative::{BlockContext, IterativeMemory, SharedFactors, SolveDetail, SolveOutcome};
 use super::resolve::gram_key;
 use super::{
@@ -17,6 +17,7 @@ use super::{
     refined, two_term,
 };
 use crate::kernel::{Buffer, Real, Threading};
+use crate::read::{Dtype, first_nonfinite};
 use crate::solve::StopReason;
 use crate::solve::stop::DirectMethod;
 
@@ -53,17 +54,50 @@ pub fn is_elementwise(solve: &Solve) -> bool {
 }
 
 /// Values of a tile as they were computed.
+#[derive(Clone, Copy)]
 pub enum Values<'a> {
     /// From elementwise merges and CG.
     F32(&'a [f32]),
     /// From direct solves.
     F64(&'a [f64]),
+    /// So many values that are still to be computed, by whoever stores them: straight to where they go.
+    Stored(usize, &'a Store<'a>),
 }
+
+impl Values<'_> {
+    /// Their number.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(values) => values.len(),
+            Self::F64(values) => values.len(),
+            Self::Stored(len, _) => *len,
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Stores some of them as `dtype`; says whether a stored value is not finite.
+    ///
+    /// # Errors
+    /// Those of reading what is computed here.
+    pub fn store(&self, range: Range<usize>, dtype: Dtype, out: &mut [u8]) -> Result<bool, MergeError> {
+        match self {
+            Self::F32(values) => f32::encode(dtype, &values[range], out),
+            Self::F64(values) => f64::encode(dtype, &values[range], out),
+            Self::Stored(_, store) => return store(range, dtype, out),
+        }
+        Ok(first_nonfinite(dtype, out).is_some())
+    }
+}
+
+/// Computes values of a range and stores them; says whether a stored value is not finite.
+pub type Store<'a> = dyn Fn(Range<usize>, Dtype, &mut [u8]) -> Result<bool, MergeError> + 'a;
 
 /// Takes tiles of the result: index of the first element, and the values. May be called from many threads.
 pub type Emit<'a> = dyn Fn(usize, Values<'_>) -> Result<(), MergeError> + Sync + 'a;
-
-type EmitTyped<'a, T> = dyn Fn(usize, &[T]) -> Result<(), MergeError> + Sync + 'a;
 
 /// State that the tensors of one unit share.
 #[derive(Default)]
@@ -98,14 +132,16 @@ pub fn merge_block(
                     emit_all(context, 0, &merged, emit)?;
                     return Ok(Vec::new());
                 }
-                elementwise::merge(context, start, context.known, &|first, values| {
-                    emit(first, Values::F32(values))
-                })?;
+                let merging = elementwise::Merging::of(context, start, context.known)?;
+                match merging.weighted_sum() {
+                    Some(sum) => start_tiles(context, &sum, emit)?,
+                    None => merging.merge(&|first, values| emit(first, Values::F32(values)))?,
+                }
             }
             Ok(Vec::new())
         }
         Strategy::Elements if recipe.solves.is_empty() && !wide => {
-            start_tiles::<f32>(context, &recipe.start, &|first, values| emit(first, Values::F32(values)))?;
+            start_tiles(context, &recipe.start, emit)?;
             Ok(Vec::new())
         }
         Strategy::Elements => closed_form_tiles(context, recipe, emit),
@@ -205,7 +241,7 @@ fn whole_start(context: &BlockContext<'_>, start: &MethodStart) -> Result<Buffer
         return Ok(whole);
     }
     let target = std::sync::Mutex::new(&mut whole[..]);
-    elementwise::merge(context, start, context.known, &|first, values| {
+    elementwise::Merging::of(context, start, context.known)?.merge(&|first, values| {
         let mut target = target.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         target[first..first + values.len()].copy_from_slice(values);
         Ok(())
@@ -339,31 +375,16 @@ pub(super) fn for_tiles<R: Send>(
     }
 }
 
-fn start_tiles<T: Real>(
-    context: &BlockContext<'_>,
-    start: &Start,
-    emit: &EmitTyped<'_, T>,
-) -> Result<(), MergeError> {
-    // A small tile keeps the values in cache until they are encoded; the writer joins what is adjacent.
-    const SUB: usize = 8 * PIECE;
-    for_tiles(context, tiles(context.shape.elements(), TILE), |range| {
-        let mut values = vec![T::default(); SUB.min(range.len())];
-        let mut scratch = Scratch::default();
-        for first in range.clone().step_by(SUB) {
-            let sub = first..(first + SUB).min(range.end);
-            let values = &mut values[..sub.len()];
-            merge_elementwise(
-                context.inputs,
-                start,
-                context.tensor,
-                sub,
-                values,
-                &mut scratch,
-                context.tally,
-            )?;
-            emit(first, values)?;
-        }
-        Ok(())
+/// A start that is the result, in f32, tile by tile: each is computed where it is stored.
+fn start_tiles(context: &BlockContext<'_>, start: &Start, emit: &Emit<'_>) -> Result<(), MergeError> {
+    for_tiles(context, tiles(context.shape.elements(), TILE), |tile| {
+        let scratch = std::cell::RefCell::default();
+        let store = |range: Range<usize>, dtype: Dtype, out: &mut [u8]| {
+            let range = tile.start + range.start..tile.start + range.end;
+            let scratch = &mut *scratch.borrow_mut();
+            merge_stored(context.inputs, start, context.tensor, range, dtype, out, scratch, context.tally)
+        };
+        emit(tile.start, Values::Stored(tile.len(), &store))
     })
     .map(|_| ())
 }

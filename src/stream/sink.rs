@@ -1,15 +1,15 @@
 //! From computed values to bytes in the output: encoding, and the bounded queue to the writer.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 
-use crate::kernel::Real;
 use crate::merge::MergeError;
 use crate::merge::block::Values;
 use crate::plan::budget::OUT_BUFFER_BYTES;
-use crate::read::{Dtype, first_nonfinite};
+use crate::read::Dtype;
 use crate::write::{BlockBuffer, CheckpointWriter, PieceChecksums};
 
 /// Elements encoded at a time where they are written at once: 512 KiB of f64.
@@ -70,29 +70,15 @@ impl Sink<'_> {
         first: usize,
         values: Values<'_>,
     ) -> Result<(), MergeError> {
-        match values {
-            Values::F32(values) => self.queue_typed(outputs, tensor, dtype, first, values),
-            Values::F64(values) => self.queue_typed(outputs, tensor, dtype, first, values),
-        }
-    }
-
-    fn queue_typed<T: Real>(
-        &self,
-        outputs: &Arc<[usize]>,
-        tensor: usize,
-        dtype: Dtype,
-        first: usize,
-        values: &[T],
-    ) -> Result<(), MergeError> {
         let width = dtype.float_bytes().unwrap_or(1);
         let at_a_time = OUT_BUFFER_BYTES / width;
-        for (k, values) in values.chunks(at_a_time).enumerate() {
+        for begin in (0..values.len()).step_by(at_a_time) {
+            let range = begin..(begin + at_a_time).min(values.len());
             let mut bytes = self.free.recv().map_err(|_| MergeError::Cancelled)?;
-            let offset = ((first + k * at_a_time) * width) as u64;
+            let offset = ((first + begin) * width) as u64;
             let place = self.writers[outputs[0]].direct_place(tensor, offset);
-            let encoded = bytes.prepare(place.unwrap_or(0), values.len() * width);
-            T::encode(dtype, values, encoded);
-            self.look(outputs, tensor, dtype, encoded);
+            let encoded = bytes.prepare(place.unwrap_or(0), range.len() * width);
+            self.store(outputs, tensor, dtype, values, range, encoded)?;
             // The tensor has the same bytes in all outputs, and here they are in this core's cache.
             let pieces = self.writers[outputs[0]].piece_checksums(tensor, offset, encoded);
             let job = Job { outputs: Arc::clone(outputs), tensor, offset, bytes, pieces };
@@ -112,41 +98,35 @@ impl Sink<'_> {
         values: Values<'_>,
         buffer: &mut Vec<u8>,
     ) -> Result<(), MergeError> {
-        match values {
-            Values::F32(values) => self.write_typed(outputs, tensor, dtype, first, values, buffer),
-            Values::F64(values) => self.write_typed(outputs, tensor, dtype, first, values, buffer),
-        }
-    }
-
-    fn write_typed<T: Real>(
-        &self,
-        outputs: &Arc<[usize]>,
-        tensor: usize,
-        dtype: Dtype,
-        first: usize,
-        values: &[T],
-        buffer: &mut Vec<u8>,
-    ) -> Result<(), MergeError> {
         let width = dtype.float_bytes().unwrap_or(0);
         let direct = |output: &usize| self.writers[*output].direct_place(tensor, 0).is_some();
         if values.len() * width >= BlockBuffer::LEAST_BYTES && outputs.iter().all(direct) {
-            return self.queue_typed(outputs, tensor, dtype, first, values);
+            return self.queue(outputs, tensor, dtype, first, values);
         }
-        for (k, values) in values.chunks(PIECE).enumerate() {
-            buffer.resize(values.len() * width, 0);
-            T::encode(dtype, values, buffer);
-            self.look(outputs, tensor, dtype, buffer);
-            self.write_bytes(outputs, tensor, ((first + k * PIECE) * width) as u64, buffer)?;
+        for begin in (0..values.len()).step_by(PIECE) {
+            let range = begin..(begin + PIECE).min(values.len());
+            buffer.resize(range.len() * width, 0);
+            self.store(outputs, tensor, dtype, values, range, buffer)?;
+            self.write_bytes(outputs, tensor, ((first + begin) * width) as u64, buffer)?;
         }
         Ok(())
     }
 
-    /// Takes note of encoded values that are not finite: while they are in this core's cache.
-    fn look(&self, outputs: &[usize], tensor: usize, dtype: Dtype, bytes: &[u8]) {
-        if first_nonfinite(dtype, bytes).is_some() {
+    /// Encodes some values and takes note of those that are not finite then.
+    fn store(
+        &self,
+        outputs: &[usize],
+        tensor: usize,
+        dtype: Dtype,
+        values: Values<'_>,
+        range: Range<usize>,
+        encoded: &mut [u8],
+    ) -> Result<(), MergeError> {
+        if values.store(range, dtype, encoded)? {
             let mut found = self.nonfinite.lock().unwrap_or_else(PoisonError::into_inner);
             found.extend(outputs.iter().map(|output| (*output, tensor)));
         }
+        Ok(())
     }
 
     /// Whether an output has had NaN or infinities for a tensor.

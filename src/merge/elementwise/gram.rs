@@ -59,16 +59,17 @@ impl Gram {
     }
 }
 
-/// `out = [base +] Σ cᵢ xᵢ` in f32, models in order.
+/// `out = [base +] Σ cᵢ xᵢ` in f32, models in order: the bits of a weighted sum of [`starts`](super::starts).
 pub(super) fn combine(piece: &Piece<'_>, coefficients: &[f64], with_base: bool, out: &mut [f32]) {
+    // The sum of task vectors begins at 0, that of models at the first: -0 changes nothing that is added to it.
+    let first = if with_base { 0.0 } else { -0.0 };
     for (i, c) in coefficients.iter().enumerate() {
         let (c, x) = (*c as f32, piece.model(i));
         dispatch(
             #[inline(always)]
             || {
                 for (o, x) in out.iter_mut().zip(x) {
-                    // The sum starts from 0, not from what is there.
-                    *o = if i == 0 { 0.0 } else { *o } + c * *x;
+                    *o = if i == 0 { first } else { *o } + c * *x;
                 }
             },
         );

@@ -4,8 +4,8 @@
 //! Every iterate lies in the span of the models, so the iteration runs on their inner products in f64. A model of norm
 //! `tol` or less counts for the norm only.
 
-use super::gram::{OPPOSITE, combine};
-use super::{Arguments, BaseUse, Definition, Elementwise, Gram, Known, Pass, Piece};
+use super::gram::OPPOSITE;
+use super::{Arguments, BaseUse, Definition, Elementwise, Gram, Known, Pass};
 use crate::config::{ParameterSpec, Range};
 
 pub(super) static DEFINITION: Definition = Definition {
@@ -37,7 +37,7 @@ fn build(arguments: &Arguments<'_>) -> Result<Box<dyn Elementwise>, String> {
 
 impl Karcher {
     /// The result's coefficients of the models.
-    fn coefficients(&self, gram: &Gram) -> Vec<f64> {
+    fn of_gram(&self, gram: &Gram) -> Vec<f64> {
         let all = self.models;
         if all == 1 {
             return vec![1.0];
@@ -97,15 +97,10 @@ impl Karcher {
 
 impl Elementwise for Karcher {
     fn passes(&self) -> Vec<Pass> {
-        if self.models == 1 { Vec::new() } else { vec![Pass::Sums { count: Gram::sums(self.models) }] }
+        if self.models == 1 { Vec::new() } else { vec![Pass::Gram] }
     }
 
-    fn sums(&self, _pass: usize, piece: &mut Piece<'_>, _known: &Known, sums: &mut [f64]) {
-        Gram::add(piece, sums);
-    }
-
-    fn merge(&self, piece: &mut Piece<'_>, known: &Known, out: &mut [f32]) {
-        let gram = Gram::new(self.models, known.sums(0));
-        combine(piece, &self.coefficients(&gram), false, out);
+    fn coefficients(&self, known: &Known) -> Option<Vec<f64>> {
+        Some(self.of_gram(&Gram::new(self.models, known.sums(0))))
     }
 }

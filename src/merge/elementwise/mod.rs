@@ -11,8 +11,10 @@ mod gram;
 mod order;
 mod passes;
 mod places;
+mod products;
 mod random;
 mod starts;
+mod stored;
 mod sums;
 mod whole;
 
@@ -51,8 +53,9 @@ pub use gram::Gram;
 pub use masks::{Masked, TaskMasks};
 pub use order::{Kept, OrderStatistic};
 pub use passes::{Known, Piece};
-pub(crate) use passes::{ModelPasses, memory_bytes, merge, passes_over};
+pub(crate) use passes::{Merging, ModelPasses, memory_bytes, passes_over};
 pub use random::Stream;
+pub(crate) use starts::merge_stored;
 pub use starts::{PIECE, Scratch, merge_elementwise};
 pub use whole::{ReadTask, WholeError, WholeTensor};
 
@@ -133,6 +136,9 @@ pub enum Pass {
         /// How many.
         count: usize,
     },
+    /// Inner products of the models, or of their task vectors: [`Known::sums`] has the lower triangle, row by row (what
+    /// [`Gram::new`] takes). One read.
+    Gram,
     /// Order statistics of so many columns of scores, at the ranks of [`Elementwise::ranks`]. Two reads, or one where the
     /// tensor is a single piece or a sample told where the ranks lie.
     Order {
@@ -149,6 +155,17 @@ pub enum Pass {
         /// is added for them.
         norms: bool,
     },
+}
+
+impl Pass {
+    /// How many sums it makes of so many models.
+    fn sums(self, models: usize) -> usize {
+        match self {
+            Self::Sums { count } => count,
+            Self::Gram => Gram::sums(models),
+            Self::Order { .. } | Self::Trim { .. } => 0,
+        }
+    }
 }
 
 /// What a pass sees of the scores it selects from.
@@ -220,8 +237,17 @@ pub trait Elementwise: Debug + Send + Sync {
         None
     }
 
-    /// Merges one piece.
-    fn merge(&self, piece: &mut Piece<'_>, known: &Known, out: &mut [f32]);
+    /// Where the result is `[θ₀ +] Σ cᵢ·xᵢ` with one set of coefficients for the whole tensor (`θ₀` where models are task
+    /// vectors): these.
+    fn coefficients(&self, _known: &Known) -> Option<Vec<f64>> {
+        None
+    }
+
+    /// Merges one piece; from [`Elementwise::coefficients`], unless overridden.
+    fn merge(&self, piece: &mut Piece<'_>, known: &Known, out: &mut [f32]) {
+        let coefficients = self.coefficients(known).expect("a method has coefficients or a merge of its own");
+        gram::combine(piece, &coefficients, self.task_vectors(), out);
+    }
 }
 
 /// A method's parameters on one tensor.

@@ -69,11 +69,7 @@ impl Elementwise for ModelStock {
     }
 
     fn passes(&self) -> Vec<Pass> {
-        if self.row.is_some() { Vec::new() } else { vec![Pass::Sums { count: Gram::sums(self.models) }] }
-    }
-
-    fn sums(&self, _pass: usize, piece: &mut Piece<'_>, _known: &Known, sums: &mut [f64]) {
-        Gram::add(piece, sums);
+        if self.row.is_some() { Vec::new() } else { vec![Pass::Gram] }
     }
 
     fn merge(&self, piece: &mut Piece<'_>, known: &Known, out: &mut [f32]) {

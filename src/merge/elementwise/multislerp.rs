@@ -4,8 +4,7 @@
 //! With uᵢ = xᵢ/(‖xᵢ‖+ε), m the normalised Σ wᵢuᵢ and v = Σ wᵢ(uᵢ - ⟨uᵢ,m⟩m): (cos‖v‖·m + sin‖v‖·v/‖v‖)·Σ wᵢ‖xᵢ‖. All of
 //! it lies in the span of the inputs, so that it runs on their inner products.
 
-use super::gram::combine;
-use super::{Arguments, BaseUse, Definition, Elementwise, Gram, Known, Pass, Piece};
+use super::{Arguments, BaseUse, Definition, Elementwise, Gram, Known, Pass};
 use crate::config::{ParameterSpec, Range};
 
 pub(super) static DEFINITION: Definition = Definition {
@@ -46,7 +45,7 @@ fn build(arguments: &Arguments<'_>) -> Result<Box<dyn Elementwise>, String> {
 
 impl MultiSlerp {
     /// The result's coefficients of the inputs.
-    fn coefficients(&self, gram: &Gram) -> Vec<f64> {
+    fn of_gram(&self, gram: &Gram) -> Vec<f64> {
         let models = self.weights.len();
         if models == 1 {
             return vec![1.0];
@@ -80,16 +79,10 @@ impl Elementwise for MultiSlerp {
     }
 
     fn passes(&self) -> Vec<Pass> {
-        let models = self.weights.len();
-        if models == 1 { Vec::new() } else { vec![Pass::Sums { count: Gram::sums(models) }] }
+        if self.weights.len() == 1 { Vec::new() } else { vec![Pass::Gram] }
     }
 
-    fn sums(&self, _pass: usize, piece: &mut Piece<'_>, _known: &Known, sums: &mut [f64]) {
-        Gram::add(piece, sums);
-    }
-
-    fn merge(&self, piece: &mut Piece<'_>, known: &Known, out: &mut [f32]) {
-        let gram = Gram::new(self.weights.len(), known.sums(0));
-        combine(piece, &self.coefficients(&gram), self.has_base, out);
+    fn coefficients(&self, known: &Known) -> Option<Vec<f64>> {
+        Some(self.of_gram(&Gram::new(self.weights.len(), known.sums(0))))
     }
 }

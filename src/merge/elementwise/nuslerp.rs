@@ -57,7 +57,7 @@ fn build(arguments: &Arguments<'_>) -> Result<Box<dyn Elementwise>, String> {
 
 impl NuSlerp {
     /// Coefficients of two vectors with these inner products.
-    fn coefficients(&self, aa: f64, bb: f64, ab: f64) -> [f64; 2] {
+    fn of_products(&self, aa: f64, bb: f64, ab: f64) -> [f64; 2] {
         let norm = |square: f64| square.max(0.0).sqrt().max(LEAST_NORM);
         let cosine = (ab / (norm(aa) * norm(bb))).clamp(-1.0, 1.0);
         if 1.0 - cosine * cosine <= PARALLEL || 1.0 + cosine <= OPPOSITE {
@@ -82,14 +82,14 @@ impl Elementwise for NuSlerp {
 
     fn passes(&self) -> Vec<Pass> {
         match self.along {
-            Along::Tensor => vec![Pass::Sums { count: Gram::sums(2) }],
+            Along::Tensor => vec![Pass::Gram],
             Along::Rows(_) => Vec::new(),
             Along::Columns(columns) => vec![Pass::Sums { count: Gram::sums(2) * columns }],
         }
     }
 
     fn sums(&self, _pass: usize, piece: &mut Piece<'_>, _known: &Known, sums: &mut [f64]) {
-        let Along::Columns(columns) = self.along else { return Gram::add(piece, sums) };
+        let Along::Columns(columns) = self.along else { return };
         let (aa, rest) = sums.split_at_mut(columns);
         let (ab, bb) = rest.split_at_mut(columns);
         for (a, b) in piece.model(0).chunks_exact(columns).zip(piece.model(1).chunks_exact(columns)) {
@@ -102,16 +102,23 @@ impl Elementwise for NuSlerp {
         }
     }
 
+    fn coefficients(&self, known: &Known) -> Option<Vec<f64>> {
+        let sums = known.sums(0);
+        (self.along == Along::Tensor).then(|| self.of_products(sums[0], sums[2], sums[1]).to_vec())
+    }
+
     fn merge(&self, piece: &mut Piece<'_>, known: &Known, out: &mut [f32]) {
         let sums = known.sums(0);
         match self.along {
-            Along::Tensor => combine(piece, &self.coefficients(sums[0], sums[2], sums[1]), false, out),
+            Along::Tensor => {
+                return combine(piece, &self.of_products(sums[0], sums[2], sums[1]), self.has_base, out);
+            }
             Along::Rows(length) => {
                 for (k, out) in out.chunks_mut(length).enumerate() {
                     let range = k * length..k * length + out.len();
                     let (a, b) = (&piece.model(0)[range.clone()], &piece.model(1)[range]);
                     let dot = |x: &[f32], y: &[f32]| vector::dot(x, y, Threading::Sequential);
-                    let [ca, cb] = self.coefficients(dot(a, a), dot(b, b), dot(a, b)).map(|c| c as f32);
+                    let [ca, cb] = self.of_products(dot(a, a), dot(b, b), dot(a, b)).map(|c| c as f32);
                     for ((o, a), b) in out.iter_mut().zip(a).zip(b) {
                         *o = ca * *a + cb * *b;
                     }
@@ -120,7 +127,7 @@ impl Elementwise for NuSlerp {
             Along::Columns(columns) => {
                 let coefficients: Vec<[f32; 2]> = (0..columns)
                     .map(|k| {
-                        self.coefficients(sums[k], sums[2 * columns + k], sums[columns + k]).map(|c| c as f32)
+                        self.of_products(sums[k], sums[2 * columns + k], sums[columns + k]).map(|c| c as f32)
                     })
                     .collect();
                 for (k, o) in out.iter_mut().enumerate() {

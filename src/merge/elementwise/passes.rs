@@ -4,6 +4,7 @@
 //! single piece is read once and kept for all passes. Partial sums are made over stretches of pieces that depend on the
 //! shape alone and added in order; histograms are counts. The bytes that come out therefore depend on nothing else.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -11,10 +12,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::order::{HISTOGRAM_BYTES, Scores, Window};
 use super::places::{Line, Places, add_places};
-use super::{Elementwise, MethodStart, OrderStatistic, PIECE, Pass};
+use super::stored::takes;
+use super::{Elementwise, Gram, MethodStart, OrderStatistic, PIECE, Pass, products};
 use crate::kernel::{Buffer, Threading, dispatch};
-use crate::merge::{BlockContext, MergeError, SourceId};
-use crate::read::TensorMeta;
+use crate::merge::{BlockContext, MergeError, SourceId, Start};
+use crate::read::{Dtype, TensorMeta};
 
 /// Pieces of one stretch of a merge: their output is handed on together.
 pub(super) const STRETCH: usize = 8;
@@ -159,7 +161,7 @@ impl Cut {
 /// Times a pass reads the data, as a plan counts: an order takes one read where a sample (of up to 1/64) tells where its
 /// ranks lie, two where it does not, and three where it was wrong.
 fn reads(pass: Pass) -> u64 {
-    if matches!(pass, Pass::Sums { .. }) { 1 } else { 2 }
+    if matches!(pass, Pass::Sums { .. } | Pass::Gram) { 1 } else { 2 }
 }
 
 /// Reads of a tensor of so many elements, the merge included. A whole model's passes are counted like a tensor's.
@@ -187,12 +189,14 @@ pub(crate) fn memory_bytes(start: &MethodStart, elements: usize, workers: usize,
     let worker = (values + stretch + held) * piece * 4 + row;
     let counters = if workers > 1 { workers + 1 } else { 1 };
     let mut most = 0;
+    let sums = |count: usize| {
+        let stretches = cut.pieces().div_ceil(cut.sum_stretch(count)).max(1) as u64;
+        (stretches + 1) * count as u64 * 8
+    };
     for pass in if passes { method.passes() } else { Vec::new() } {
         most = most.max(match pass {
-            Pass::Sums { count } => {
-                let stretches = cut.pieces().div_ceil(cut.sum_stretch(count)).max(1) as u64;
-                (stretches + 1) * count as u64 * 8
-            }
+            Pass::Sums { count } => sums(count),
+            Pass::Gram => sums(Gram::sums(start.models.len())),
             // A column's few ranks lie in different buckets.
             Pass::Order { columns } if histograms => MOST_RANKS * columns as u64 * HISTOGRAM_BYTES * counters,
             Pass::Trim { columns, .. } if histograms => 2 * columns as u64 * HISTOGRAM_BYTES * counters,
@@ -208,6 +212,8 @@ pub(super) struct Slot {
     models: Buffer<f32>,
     scores: Buffer<f32>,
     bytes: Vec<u8>,
+    /// Of each model whose file is not mapped, a base first, where several are read at once.
+    each: Vec<Vec<u8>>,
     /// The pieces whose values are there.
     held: Range<usize>,
 }
@@ -294,6 +300,7 @@ impl<'a> Run<'a> {
             models: Buffer::zeroed(room * self.start.models.len()),
             scores: Buffer::zeroed(self.cut.piece),
             bytes: Vec::new(),
+            each: Vec::new(),
             held: 0..0,
         }
     }
@@ -482,12 +489,62 @@ impl<'a> Run<'a> {
         results.into_iter().collect()
     }
 
+    /// The dtype that all models are stored in, base included, where their products can be made from the bytes.
+    fn alike(&self) -> Option<Dtype> {
+        let dtype = self.metas.first()?.dtype;
+        let alike = takes(dtype) && self.base_meta.iter().chain(&*self.metas).all(|meta| meta.dtype == dtype);
+        (alike && self.kept.is_none() && self.metas.len() <= products::MOST).then_some(dtype)
+    }
+
+    /// Adds the inner products of a piece from the stored bytes; false where these are not to be had, or where a value is
+    /// not finite and somebody has to say which.
+    fn products(
+        &self,
+        dtype: Dtype,
+        piece: usize,
+        slot: &mut Slot,
+        sums: &mut [f64],
+    ) -> Result<bool, MergeError> {
+        if self.context.cancel.load(Ordering::Relaxed) {
+            return Err(MergeError::Cancelled);
+        }
+        let (inputs, range) = (self.context.inputs, self.cut.range(piece));
+        slot.each.resize_with(self.metas.len() + 1, Vec::new);
+        let origin = self.base_meta.filter(|_| self.start.method.task_vectors()).zip(self.start.base);
+        let (base_bytes, each) = slot.each.split_at_mut(1);
+        let base = match origin {
+            None => None,
+            Some((meta, source)) => {
+                let Some(bytes) = inputs.stored(source, meta, range.clone(), &mut base_bytes[0])? else {
+                    return Ok(false);
+                };
+                Some(bytes)
+            }
+        };
+        let mut models = Vec::with_capacity(self.metas.len());
+        for ((source, meta), bytes) in self.start.models.iter().zip(&*self.metas).zip(each) {
+            let Some(bytes) = inputs.stored(*source, meta, range.clone(), bytes)? else { return Ok(false) };
+            models.push(bytes);
+        }
+        let mut found = [0.0; Gram::sums(products::MOST)];
+        let found = &mut found[..sums.len()];
+        if products::products(dtype, base, &models, found) && inputs.refuse_nonfinite {
+            return Ok(false);
+        }
+        sums.iter_mut().zip(found).for_each(|(sum, found)| *sum += *found);
+        self.context.tally.add(base.iter().chain(&models).map(|bytes| bytes.len() as u64).sum());
+        Ok(true)
+    }
+
     pub fn line(&self, known: &Known) -> Option<Line> {
         let (_, windows) = known.windows()?;
         windows.iter().any(|w| w.in_order).then(|| Line::new(windows.len()))
     }
 
-    fn sums(&self, pass: usize, count: usize, known: &Known) -> Result<Vec<f64>, MergeError> {
+    /// What a pass of sums finds in this tensor.
+    fn sums(&self, pass: usize, kind: Pass, known: &Known) -> Result<Vec<f64>, MergeError> {
+        let count = kind.sums(self.start.models.len());
+        let alike = self.alike().filter(|_| kind == Pass::Gram && known.windows().is_none());
         let line = self.line(known);
         let stretch = if line.is_some() { STRETCH } else { self.cut.sum_stretch(count) };
         let parts = self.sweep(
@@ -499,8 +556,16 @@ impl<'a> Run<'a> {
                 let mut sums = vec![0.0; count];
                 let mut places = self.places(stretch, pieces.clone(), slot, known, line.as_ref())?;
                 for piece in pieces {
+                    if let Some(dtype) = alike
+                        && self.products(dtype, piece, slot, &mut sums)?
+                    {
+                        continue;
+                    }
                     let (mut piece, _) = self.load(piece, slot, known, &mut places)?;
-                    self.start.method.sums(pass, &mut piece, known, &mut sums);
+                    match kind {
+                        Pass::Gram => Gram::add(&piece, &mut sums),
+                        _ => self.start.method.sums(pass, &mut piece, known, &mut sums),
+                    }
                 }
                 parts.push((at, sums));
                 Ok(())
@@ -547,10 +612,10 @@ impl<'a> ModelPasses<'a> {
         let Some(first) = self.runs.first() else { return Ok(known) };
         for (pass, kind) in first.start.method.passes().into_iter().enumerate() {
             let found = match kind {
-                Pass::Sums { count } => {
-                    let mut total = vec![0.0; count];
+                Pass::Sums { .. } | Pass::Gram => {
+                    let mut total = vec![0.0; kind.sums(first.start.models.len())];
                     for run in &self.runs {
-                        for (total, part) in total.iter_mut().zip(run.sums(pass, count, &known)?) {
+                        for (total, part) in total.iter_mut().zip(run.sums(pass, kind, &known)?) {
                             *total += part;
                         }
                     }
@@ -572,48 +637,78 @@ impl<'a> ModelPasses<'a> {
 /// Takes a stretch of a result: index of its first element, and the values.
 pub(crate) type Emit<'a> = dyn Fn(usize, &[f32]) -> Result<(), MergeError> + Sync + 'a;
 
-/// Merges one tensor; `given` are a whole model's quantities. `emit` takes stretches of the result, from many threads.
-///
-/// # Errors
-/// Those of reading and of `emit`.
-pub(crate) fn merge(
-    context: &BlockContext<'_>,
-    start: &MethodStart,
-    given: Option<&Known>,
-    emit: &Emit<'_>,
-) -> Result<(), MergeError> {
-    let passes = ModelPasses { runs: vec![Run::new(context, start)?] };
-    let found;
-    let known = match given {
-        Some(known) => known,
-        None => {
-            found = passes.run()?;
-            &found
+/// A tensor's merge after its passes.
+pub(crate) struct Merging<'a> {
+    passes: ModelPasses<'a>,
+    known: Cow<'a, Known>,
+}
+
+impl<'a> Merging<'a> {
+    /// Runs the passes; `given` are a whole model's quantities.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub fn of(
+        context: &'a BlockContext<'a>,
+        start: &'a MethodStart,
+        given: Option<&'a Known>,
+    ) -> Result<Self, MergeError> {
+        let passes = ModelPasses { runs: vec![Run::new(context, start)?] };
+        let known = match given {
+            Some(known) => Cow::Borrowed(known),
+            None => Cow::Owned(passes.run()?),
+        };
+        Ok(Self { passes, known })
+    }
+
+    fn run(&self) -> &Run<'a> {
+        &self.passes.runs[0]
+    }
+
+    /// What is left to be done as a weighted sum, where it is one. What was read once is not read again, and whoever wants
+    /// to see the pieces has to see them.
+    pub fn weighted_sum(&self) -> Option<Start> {
+        let Run { context, start, kept, .. } = self.run();
+        if kept.is_some() || context.piece.is_some() {
+            return None;
         }
-    };
-    let run = &passes.runs[0];
-    let line = run.line(known);
-    let capacity = (STRETCH * run.cut.piece).min(run.cut.elements);
-    run.sweep(
-        STRETCH,
-        line.as_ref(),
-        || Buffer::<f32>::zeroed(capacity),
-        |out, slot, pieces| {
-            let range = run.cut.range(pieces.start).start..run.cut.range(pieces.end - 1).end;
-            let out = &mut out[..range.len()];
-            let mut done = 0;
-            let mut places = run.places(STRETCH, pieces.clone(), slot, known, line.as_ref())?;
-            for piece in pieces {
-                let (mut piece, _) = run.load(piece, slot, known, &mut places)?;
-                let len = piece.len();
-                if let Some(see) = context.piece {
-                    see(&piece)?;
+        let coefficients = start.method.coefficients(&self.known)?;
+        let terms = start.models.iter().copied().zip(coefficients).collect();
+        Some(match start.base.filter(|_| start.method.task_vectors()) {
+            Some(base) => Start::TaskVectors { base, terms, scale: 1.0 },
+            None => Start::Mean { terms, divisor: 1.0 },
+        })
+    }
+
+    /// Merges piece by piece. `emit` takes stretches of the result, from many threads.
+    ///
+    /// # Errors
+    /// Those of reading and of `emit`.
+    pub fn merge(&self, emit: &Emit<'_>) -> Result<(), MergeError> {
+        let (run, known) = (self.run(), &*self.known);
+        let line = run.line(known);
+        let capacity = (STRETCH * run.cut.piece).min(run.cut.elements);
+        run.sweep(
+            STRETCH,
+            line.as_ref(),
+            || Buffer::<f32>::zeroed(capacity),
+            |out, slot, pieces| {
+                let range = run.cut.range(pieces.start).start..run.cut.range(pieces.end - 1).end;
+                let out = &mut out[..range.len()];
+                let mut done = 0;
+                let mut places = run.places(STRETCH, pieces.clone(), slot, known, line.as_ref())?;
+                for piece in pieces {
+                    let (mut piece, _) = run.load(piece, slot, known, &mut places)?;
+                    let len = piece.len();
+                    if let Some(see) = run.context.piece {
+                        see(&piece)?;
+                    }
+                    run.start.method.merge(&mut piece, known, &mut out[done..done + len]);
+                    done += len;
                 }
-                start.method.merge(&mut piece, known, &mut out[done..done + len]);
-                done += len;
-            }
-            emit(range.start, out)
-        },
-    )
-    .map(|_| ())
+                emit(range.start, out)
+            },
+        )
+        .map(|_| ())
+    }
 }

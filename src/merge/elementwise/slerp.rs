@@ -3,8 +3,7 @@
 //! With θ the angle between base and model: sin((1-t)θ)/sin θ · θ₀ + sin(tθ)/sin θ · θ₁; linear where |cos θ| > 0.9995. A
 //! norm of 1e-8 or less is not divided by.
 
-use super::gram::combine;
-use super::{Arguments, BaseUse, Definition, Elementwise, Gram, Known, Pass, Piece};
+use super::{Arguments, BaseUse, Definition, Elementwise, Gram, Known, Pass};
 use crate::config::{ParameterSpec, Range};
 
 const LINEAR_FROM: f64 = 0.9995;
@@ -32,14 +31,10 @@ fn build(arguments: &Arguments<'_>) -> Result<Box<dyn Elementwise>, String> {
 
 impl Elementwise for Slerp {
     fn passes(&self) -> Vec<Pass> {
-        vec![Pass::Sums { count: Gram::sums(2) }]
+        vec![Pass::Gram]
     }
 
-    fn sums(&self, _pass: usize, piece: &mut Piece<'_>, _known: &Known, sums: &mut [f64]) {
-        Gram::add(piece, sums);
-    }
-
-    fn merge(&self, piece: &mut Piece<'_>, known: &Known, out: &mut [f32]) {
+    fn coefficients(&self, known: &Known) -> Option<Vec<f64>> {
         let gram = Gram::new(2, known.sums(0));
         let norm = |i| if gram.norm(i) > LEAST_NORM { gram.norm(i) } else { 1.0 };
         let cosine = (gram.product(0, 1) / (norm(0) * norm(1))).clamp(-1.0, 1.0);
@@ -49,6 +44,6 @@ impl Elementwise for Slerp {
             let theta = cosine.acos();
             [((1.0 - self.t) * theta).sin() / theta.sin(), (self.t * theta).sin() / theta.sin()]
         };
-        combine(piece, &if self.base == 0 { [a, b] } else { [b, a] }, false, out);
+        Some(if self.base == 0 { vec![a, b] } else { vec![b, a] })
     }
 }

@@ -1,11 +1,12 @@
 //! Starting points and averages that need nothing but one pass over the models, piece by piece, nothing held.
 
-use std::any::TypeId;
 use std::ops::Range;
 
-use super::sums::{self, Sum};
+use super::stored::takes;
+use super::sums::{self, Odd, Sum};
 use crate::kernel::{Real, dispatch};
 use crate::merge::{Inputs, MergeError, SourceId, Start, Tally};
+use crate::read::{Dtype, TensorMeta, first_nonfinite};
 
 /// Elements worked on at a time: a few vectors of them stay in the second-level cache.
 pub const PIECE: usize = 1 << 14;
@@ -36,9 +37,6 @@ pub fn merge_elementwise<T: Real>(
     for begin in range.clone().step_by(PIECE) {
         let elements = begin..(begin + PIECE).min(range.end);
         let out = &mut out[begin - range.start..elements.end - range.start];
-        if at_once(inputs, start, name, elements.clone(), out, scratch, tally)? {
-            continue;
-        }
         let [x, base_values] = &mut buffers;
         let (x, base_values) = (&mut x[..out.len()], &mut base_values[..out.len()]);
         let mut read = |source: SourceId, values: &mut [T], each: &mut dyn FnMut(usize, &mut [T])| {
@@ -119,49 +117,92 @@ pub fn merge_elementwise<T: Real>(
     Ok(())
 }
 
-/// The same for sums of models that are stored alike, without a detour through memory; false where that cannot be, or where
-/// a value is not finite and somebody has to say which.
-fn at_once<T: Real>(
+/// Fills `out` with the same elements stored as `to`, all arithmetic in f32; says whether a result is not finite.
+///
+/// # Errors
+/// Those of reading the models.
+#[allow(clippy::too_many_arguments, reason = "those of `merge_elementwise`, and how the result is stored")]
+pub(crate) fn merge_stored(
     inputs: &Inputs,
     start: &Start,
     name: &str,
-    elements: Range<usize>,
-    out: &mut [T],
+    range: Range<usize>,
+    to: Dtype,
+    out: &mut [u8],
     scratch: &mut Scratch,
     tally: &Tally,
 ) -> Result<bool, MergeError> {
-    let (sum, base, terms) = match start {
-        Start::Mean { terms, divisor } => (Sum::Mean { divisor: *divisor as f32 }, None, terms),
-        Start::TaskVectors { base, terms, scale } => {
-            (Sum::TaskVectors { scale: *scale as f32 }, Some((*base, 1.0)), terms)
+    let width = to.float_bytes().unwrap_or(0);
+    let together = Together::of(inputs, start, name).filter(|_| takes(to));
+    let mut nonfinite = false;
+    let mut values = Vec::new();
+    for (begin, out) in range.clone().step_by(PIECE).zip(out.chunks_mut((PIECE * width).max(1))) {
+        let elements = begin..(begin + PIECE).min(range.end);
+        if let Some(together) = &together
+            && let Some(odd) = together.sum(elements.clone(), to, out, &mut scratch.each, tally)?
+        {
+            nonfinite |= odd.made;
+            continue;
         }
-        _ => return Ok(false),
-    };
-    // Starts of solves are f64, and no merge waits for them.
-    if TypeId::of::<T>() != TypeId::of::<f32>() {
-        return Ok(false);
+        values.resize(elements.len(), 0.0f32);
+        merge_elementwise(inputs, start, name, elements, &mut values, scratch, tally)?;
+        f32::encode(to, &values, out);
+        nonfinite |= first_nonfinite(to, out).is_some();
     }
-    let out: &mut [f32] = bytemuck::cast_slice_mut(out);
-    let count = terms.len() + usize::from(base.is_some());
-    if !(1..=sums::MOST).contains(&count) {
-        return Ok(false);
+    Ok(nonfinite)
+}
+
+/// A sum of models that are stored alike: without a detour through memory.
+struct Together<'i> {
+    inputs: &'i Inputs,
+    sum: Sum,
+    dtype: Dtype,
+    /// A base first.
+    terms: Vec<(SourceId, &'i TensorMeta, f32)>,
+}
+
+impl<'i> Together<'i> {
+    /// `None` where it cannot be.
+    fn of(inputs: &'i Inputs, start: &Start, name: &str) -> Option<Self> {
+        let (sum, base, terms) = match start {
+            Start::Mean { terms, divisor } => (Sum::Mean { divisor: *divisor as f32 }, None, terms),
+            Start::TaskVectors { base, terms, scale } => {
+                (Sum::TaskVectors { scale: *scale as f32 }, Some((*base, 1.0)), terms)
+            }
+            _ => return None,
+        };
+        let terms: Vec<_> = base
+            .iter()
+            .chain(terms)
+            .map(|(source, weight)| Some((*source, inputs.tensor(*source, name)?, *weight as f32)))
+            .collect::<Option<_>>()?;
+        let dtype = terms.first()?.1.dtype;
+        let alike = takes(dtype) && terms.iter().all(|(_, meta, _)| meta.dtype == dtype);
+        (alike && terms.len() <= sums::MOST).then_some(Self { inputs, sum, dtype, terms })
     }
-    scratch.each.resize_with(count, Vec::new);
-    let mut stored = Vec::with_capacity(count);
-    let mut dtype = None;
-    for ((source, weight), bytes) in base.iter().chain(terms).zip(&mut scratch.each) {
-        let meta =
-            inputs.tensor(*source, name).expect("a recipe names a checkpoint only where it has the tensor");
-        if !sums::takes(meta.dtype) || *dtype.get_or_insert(meta.dtype) != meta.dtype {
-            return Ok(false);
+
+    /// `None` where the stored bytes are not to be had, or where a value is not finite and somebody has to say which.
+    fn sum(
+        &self,
+        elements: Range<usize>,
+        to: Dtype,
+        out: &mut [u8],
+        scratch: &mut Vec<Vec<u8>>,
+        tally: &Tally,
+    ) -> Result<Option<Odd>, MergeError> {
+        scratch.resize_with(self.terms.len(), Vec::new);
+        let mut stored = Vec::with_capacity(self.terms.len());
+        for ((source, meta, weight), bytes) in self.terms.iter().zip(scratch) {
+            let Some(bytes) = self.inputs.stored(*source, meta, elements.clone(), bytes)? else {
+                return Ok(None);
+            };
+            stored.push((bytes, *weight));
         }
-        let Some(bytes) = inputs.stored(*source, meta, elements.clone(), bytes)? else { return Ok(false) };
-        stored.push((bytes, *weight as f32));
+        let odd = sums::sum(self.sum, self.dtype, &stored, to, out);
+        if odd.read && self.inputs.refuse_nonfinite {
+            return Ok(None);
+        }
+        tally.add(stored.iter().map(|(bytes, _)| bytes.len() as u64).sum());
+        Ok(Some(odd))
     }
-    let Some(dtype) = dtype else { return Ok(false) };
-    if !sums::sum(sum, dtype, &stored, out) && inputs.refuse_nonfinite {
-        return Ok(false);
-    }
-    tally.add(stored.iter().map(|(bytes, _)| bytes.len() as u64).sum());
-    Ok(true)
 }

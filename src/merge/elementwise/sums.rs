@@ -1,9 +1,10 @@
-//! Weighted sums of models straight from their stored bytes: all models at once, element by element, in registers.
+//! Weighted sums of models from their stored bytes to the result's: all models at once, element by element, in registers.
 //!
 //! What [`starts`](super::starts) does piece by piece through memory, with the same f32 operations in the same order, so the
-//! same bits: decode, weight, add, divide. It takes a few models that are stored alike, in a dtype that decodes by a shift
-//! or not at all, and says whether a value was not finite without saying which; then the caller looks for it its own way.
+//! same bits: decode, weight, add, divide, round. It takes a few models that are stored alike and says whether a value was
+//! not finite without saying which; then the caller looks for it its own way.
 
+use super::stored::{Bf16, F32, Stored, is_odd};
 use crate::kernel::dispatch;
 use crate::read::Dtype;
 
@@ -22,83 +23,62 @@ pub(super) enum Sum {
 /// One model: its bytes and its weight.
 pub(super) type Term<'b> = (&'b [u8], f32);
 
-/// Whether values of this dtype are taken.
-pub(super) fn takes(dtype: Dtype) -> bool {
-    matches!(dtype, Dtype::Bf16 | Dtype::F32)
+/// Where values that are not finite were met.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Odd {
+    /// In a model.
+    pub read: bool,
+    /// In the result.
+    pub made: bool,
 }
 
-/// Fills `out` from 1 to [`MOST`] terms; false where some model's value is NaN or infinite.
-pub(super) fn sum(sum: Sum, dtype: Dtype, terms: &[Term<'_>], out: &mut [f32]) -> bool {
-    match dtype {
-        Dtype::Bf16 => by_count(
-            sum,
-            terms,
-            out,
-            #[inline(always)]
-            |b: [u8; 2]| u32::from(u16::from_le_bytes(b)) << 16,
-        ),
-        Dtype::F32 => by_count(
-            sum,
-            terms,
-            out,
-            #[inline(always)]
-            |b: [u8; 4]| u32::from_le_bytes(b),
-        ),
+/// Fills `out`, stored as `to`, from 1 to [`MOST`] terms.
+pub(super) fn sum(sum: Sum, dtype: Dtype, terms: &[Term<'_>], to: Dtype, out: &mut [u8]) -> Odd {
+    match (dtype, to) {
+        (Dtype::Bf16, Dtype::Bf16) => sum_by_count::<Bf16, Bf16>(sum, terms, out),
+        (Dtype::Bf16, Dtype::F32) => sum_by_count::<Bf16, F32>(sum, terms, out),
+        (Dtype::F32, Dtype::Bf16) => sum_by_count::<F32, Bf16>(sum, terms, out),
+        (Dtype::F32, Dtype::F32) => sum_by_count::<F32, F32>(sum, terms, out),
         _ => unreachable!("`takes` says which dtypes"),
     }
 }
 
-#[inline(always)]
-fn by_count<const SIZE: usize>(
-    sum: Sum,
-    terms: &[Term<'_>],
-    out: &mut [f32],
-    decode: impl Fn([u8; SIZE]) -> u32 + Copy,
-) -> bool {
+fn sum_by_count<S: Stored, O: Stored>(sum: Sum, terms: &[Term<'_>], out: &mut [u8]) -> Odd {
     match terms.len() {
-        1 => of_count::<1, SIZE>(sum, terms, out, decode),
-        2 => of_count::<2, SIZE>(sum, terms, out, decode),
-        3 => of_count::<3, SIZE>(sum, terms, out, decode),
-        4 => of_count::<4, SIZE>(sum, terms, out, decode),
-        5 => of_count::<5, SIZE>(sum, terms, out, decode),
-        6 => of_count::<6, SIZE>(sum, terms, out, decode),
-        7 => of_count::<7, SIZE>(sum, terms, out, decode),
-        8 => of_count::<8, SIZE>(sum, terms, out, decode),
+        1 => sum_of::<1, S, O>(sum, terms, out),
+        2 => sum_of::<2, S, O>(sum, terms, out),
+        3 => sum_of::<3, S, O>(sum, terms, out),
+        4 => sum_of::<4, S, O>(sum, terms, out),
+        5 => sum_of::<5, S, O>(sum, terms, out),
+        6 => sum_of::<6, S, O>(sum, terms, out),
+        7 => sum_of::<7, S, O>(sum, terms, out),
+        8 => sum_of::<8, S, O>(sum, terms, out),
         _ => unreachable!("one to `MOST` terms"),
     }
 }
 
-#[inline(always)]
-fn of_count<const K: usize, const SIZE: usize>(
-    sum: Sum,
-    terms: &[Term<'_>],
-    out: &mut [f32],
-    decode: impl Fn([u8; SIZE]) -> u32 + Copy,
-) -> bool {
-    let models: [&[[u8; SIZE]]; K] = std::array::from_fn(|k| terms[k].0.as_chunks::<SIZE>().0);
+fn sum_of<const K: usize, S: Stored, O: Stored>(sum: Sum, terms: &[Term<'_>], out: &mut [u8]) -> Odd {
+    let models: [&[S::Element]; K] = std::array::from_fn(|k| S::elements(terms[k].0));
     let weights: [f32; K] = std::array::from_fn(|k| terms[k].1);
+    let out = O::elements_mut(out);
     match sum {
-        // A division by 1 changes nothing and takes as long as another.
-        Sum::Mean { divisor: 1.0 } => elements(
+        Sum::Mean { divisor } => elements::<K, S, O>(
             models,
             out,
-            decode,
             #[inline(always)]
-            |x| weighted(&x, &weights),
+            move |x| {
+                let mut sum = weights[0] * x[0];
+                for k in 1..K {
+                    sum += weights[k] * x[k];
+                }
+                sum / divisor
+            },
         ),
-        Sum::Mean { divisor } => elements(
+        Sum::TaskVectors { scale } => elements::<K, S, O>(
             models,
             out,
-            decode,
             #[inline(always)]
-            |x| weighted(&x, &weights) / divisor,
-        ),
-        Sum::TaskVectors { scale } => elements(
-            models,
-            out,
-            decode,
-            #[inline(always)]
-            |x| {
+            move |x| {
                 let mut sum = 0.0;
                 for k in 1..K {
                     sum += weights[k] * (x[k] - x[0]);
@@ -109,52 +89,43 @@ fn of_count<const K: usize, const SIZE: usize>(
     }
 }
 
-#[inline(always)]
-fn weighted<const K: usize>(x: &[f32; K], weights: &[f32; K]) -> f32 {
-    let mut sum = weights[0] * x[0];
-    for k in 1..K {
-        sum += weights[k] * x[k];
-    }
-    sum
-}
-
 /// Compiled for each vector unit. All is handed on by value: what a closure borrows is not inlined, and the loop stays scalar.
 #[inline(always)]
-fn elements<const K: usize, const SIZE: usize>(
-    models: [&[[u8; SIZE]]; K],
-    out: &mut [f32],
-    decode: impl Fn([u8; SIZE]) -> u32 + Copy,
+fn elements<const K: usize, S: Stored, O: Stored>(
+    models: [&[S::Element]; K],
+    out: &mut [O::Element],
     result: impl Fn([f32; K]) -> f32,
-) -> bool {
+) -> Odd {
     dispatch(
         #[inline(always)]
-        move || elements_here(models, out, decode, result),
+        move || elements_here::<K, S, O>(models, out, result),
     )
 }
 
 /// One plain loop over the elements, which the compiler vectorises: nothing in it may branch, and every slice has one length.
 #[inline(always)]
 #[allow(clippy::needless_range_loop, reason = "one index into several slices")]
-fn elements_here<const K: usize, const SIZE: usize>(
-    models: [&[[u8; SIZE]]; K],
-    out: &mut [f32],
-    decode: impl Fn([u8; SIZE]) -> u32 + Copy,
+fn elements_here<const K: usize, S: Stored, O: Stored>(
+    models: [&[S::Element]; K],
+    out: &mut [O::Element],
     result: impl Fn([f32; K]) -> f32,
-) -> bool {
-    const EXPONENT: u32 = 0x7f80_0000;
+) -> Odd {
     let n = out.len();
-    let models: [&[[u8; SIZE]]; K] = std::array::from_fn(|k| &models[k][..n]);
-    let mut odd = 0;
+    let models: [&[S::Element]; K] = std::array::from_fn(|k| &models[k][..n]);
+    let (mut read, mut made) = (0, 0);
     for i in 0..n {
         let mut x = [0.0; K];
         for k in 0..K {
-            let bits = decode(models[k][i]);
-            odd |= u32::from(bits & EXPONENT == EXPONENT);
+            let bits = S::decode(models[k][i]);
+            read |= u32::from(is_odd(bits));
             x[k] = f32::from_bits(bits);
         }
-        out[i] = result(x);
+        let stored = O::encode(result(x));
+        // Looked at as it is stored: rounding may have made an infinity of it.
+        made |= u32::from(is_odd(O::decode(stored)));
+        out[i] = stored;
     }
-    odd == 0
+    Odd { read: read != 0, made: made != 0 }
 }
 
 #[cfg(test)]
