@@ -29,8 +29,8 @@ fn sum_lanes<T: Real>(x: &[T], y: &[T], term: impl Fn(f64, f64) -> f64) -> f64 {
     add_lanes(lanes)
 }
 
-#[inline(always)]
 /// The tree that ends a sum.
+#[inline(always)]
 pub(crate) fn add_lanes(mut lanes: [f64; LANES]) -> f64 {
     let mut width = LANES / 2;
     while width > 0 {

@@ -6,6 +6,7 @@
 //! scheduling and cancellation; what is computed is `merge`'s business and what is published is `write`'s.
 
 mod marker;
+mod pool;
 mod prefetch;
 mod sink;
 

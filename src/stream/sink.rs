@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 
+use super::pool::Pool;
 use crate::merge::MergeError;
 use crate::merge::block::Values;
 use crate::plan::budget::OUT_BUFFER_BYTES;
@@ -27,21 +28,21 @@ pub(super) struct Job {
     pieces: PieceChecksums,
 }
 
-/// Hands tiles to the writer. A fixed number of buffers goes round; when all are on their way the producers wait.
+/// Hands tiles to the writers. A fixed number of buffers goes round; when all are on their way the producers wait.
 pub(super) struct Sink<'w> {
     /// One an output: one, or one for each variant of a sweep.
     writers: &'w [CheckpointWriter],
     jobs: Sender<Job>,
-    free: Receiver<BlockBuffer>,
+    pool: Arc<Pool>,
     /// Output and tensor of what has been encoded to NaN or an infinity.
     nonfinite: Mutex<BTreeSet<(usize, usize)>>,
 }
 
-/// A writer thread's end.
+/// A writer thread's end. Where one ends early, nobody gets a buffer any more.
 #[derive(Clone)]
 pub(super) struct Drain {
     jobs: Receiver<Job>,
-    free: Sender<BlockBuffer>,
+    pool: Arc<Pool>,
 }
 
 /// Writer threads that these writers keep busy.
@@ -51,13 +52,10 @@ pub(super) fn writer_threads(writers: &[CheckpointWriter]) -> usize {
 
 /// Both ends, with `buffers` buffers between them.
 pub(super) fn channel(writers: &[CheckpointWriter], buffers: usize) -> (Sink<'_>, Drain) {
-    let (jobs_in, jobs_out) = bounded(buffers);
-    let (free_in, free_out) = bounded(buffers);
-    for _ in 0..buffers {
-        free_in.send(BlockBuffer::default()).expect("both ends are in hand");
-    }
-    let nonfinite = Mutex::default();
-    (Sink { writers, jobs: jobs_in, free: free_out, nonfinite }, Drain { jobs: jobs_out, free: free_in })
+    let (jobs, ready) = bounded(buffers);
+    let pool = Arc::new(Pool::new(buffers));
+    let drain = Drain { jobs: ready, pool: Arc::clone(&pool) };
+    (Sink { writers, jobs, pool, nonfinite: Mutex::default() }, drain)
 }
 
 impl Sink<'_> {
@@ -74,14 +72,14 @@ impl Sink<'_> {
         let at_a_time = OUT_BUFFER_BYTES / width;
         for begin in (0..values.len()).step_by(at_a_time) {
             let range = begin..(begin + at_a_time).min(values.len());
-            let mut bytes = self.free.recv().map_err(|_| MergeError::Cancelled)?;
+            let mut bytes = self.pool.take(tensor).ok_or(MergeError::Cancelled)?;
             let offset = ((first + begin) * width) as u64;
             let place = self.writers[outputs[0]].direct_place(tensor, offset);
             let encoded = bytes.prepare(place.unwrap_or(0), range.len() * width);
             self.store(outputs, tensor, dtype, values, range, encoded)?;
             // The tensor has the same bytes in all outputs, and here they are in this core's cache.
             let pieces = self.writers[outputs[0]].piece_checksums(tensor, offset, encoded);
-            let job = Job { outputs: Arc::clone(outputs), tensor, offset, bytes, pieces };
+            let job = Job { outputs: Arc::clone(outputs), tensor, offset, bytes: bytes.send(), pieces };
             self.jobs.send(job).map_err(|_| MergeError::Cancelled)?;
         }
         Ok(())
@@ -154,14 +152,25 @@ impl Drain {
     ///
     /// # Errors
     /// The first write that fails; what is queued behind it is dropped.
-    pub fn run(self, writers: &[CheckpointWriter]) -> Result<(), MergeError> {
-        for job in self.jobs {
+    pub fn run(&self, writers: &[CheckpointWriter]) -> Result<(), MergeError> {
+        let closing = Closing(&self.pool);
+        for job in &self.jobs {
             for output in job.outputs.iter() {
                 writers[*output].write_hashed(job.tensor, job.offset, job.bytes.bytes(), &job.pieces)?;
             }
-            // The pool takes its buffer back; at the end nobody waits for it.
-            let _ = self.free.send(job.bytes);
+            self.pool.put(job.bytes);
         }
+        // Every sink is gone, and what others still write comes back to nobody.
+        drop(closing);
         Ok(())
+    }
+}
+
+/// Closes the pool where a writer thread ends, however it does.
+struct Closing<'p>(&'p Pool);
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        self.0.close();
     }
 }

@@ -493,7 +493,7 @@ impl<'a> Run<'a> {
     fn alike(&self) -> Option<Dtype> {
         let dtype = self.metas.first()?.dtype;
         let alike = takes(dtype) && self.base_meta.iter().chain(&*self.metas).all(|meta| meta.dtype == dtype);
-        (alike && self.kept.is_none() && self.metas.len() <= products::MOST).then_some(dtype)
+        (alike && self.kept.is_none()).then_some(dtype)
     }
 
     /// Adds the inner products of a piece from the stored bytes; false where these are not to be had, or where a value is
@@ -526,12 +526,11 @@ impl<'a> Run<'a> {
             let Some(bytes) = inputs.stored(*source, meta, range.clone(), bytes)? else { return Ok(false) };
             models.push(bytes);
         }
-        let mut found = [0.0; Gram::sums(products::MOST)];
-        let found = &mut found[..sums.len()];
-        if products::products(dtype, base, &models, found) && inputs.refuse_nonfinite {
+        let mut found = vec![0.0; sums.len()];
+        if products::products(dtype, base, &models, &mut found) && inputs.refuse_nonfinite {
             return Ok(false);
         }
-        sums.iter_mut().zip(found).for_each(|(sum, found)| *sum += *found);
+        sums.iter_mut().zip(found).for_each(|(sum, found)| *sum += found);
         self.context.tally.add(base.iter().chain(&models).map(|bytes| bytes.len() as u64).sum());
         Ok(true)
     }

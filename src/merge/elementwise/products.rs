@@ -1,117 +1,120 @@
-//! Inner products of models straight from the stored bytes: all pairs at once, each model read and widened once.
+//! Inner products of models straight from the stored bytes: a pair of models at a time, each value read and widened once,
+//! all sums in registers.
 //!
-//! The bits of [`Gram::add`], which goes through memory pair by pair.
+//! The bits of [`Gram::add`](super::Gram::add), which goes through memory.
 
-use super::Gram;
-use super::stored::{Bf16, F32, Stored, is_odd};
+use super::stored::{Bf16, F32, Stored, is_odd, magnitude};
 use crate::kernel::dispatch;
 use crate::kernel::vector::{LANES, add_lanes};
 use crate::read::Dtype;
 
-/// Models whose inner products stay in registers.
-pub(super) const MOST: usize = 4;
-
-/// Adds to `products` the lower triangle of the inner products of 1 to [`MOST`] models, or of their differences
-/// from `base`; says whether some value was not finite.
+/// Adds to `products` the lower triangle, row by row, of the inner products of models, or of their differences from `base`;
+/// says whether some value was not finite.
 pub(super) fn products(dtype: Dtype, base: Option<&[u8]>, models: &[&[u8]], products: &mut [f64]) -> bool {
     match dtype {
-        Dtype::Bf16 => products_by_count::<Bf16>(base, models, products),
-        Dtype::F32 => products_by_count::<F32>(base, models, products),
+        Dtype::Bf16 => pairs::<Bf16>(base, models, products),
+        Dtype::F32 => pairs::<F32>(base, models, products),
         _ => unreachable!("`takes` says which dtypes"),
     }
 }
 
-fn products_by_count<S: Stored>(base: Option<&[u8]>, models: &[&[u8]], products: &mut [f64]) -> bool {
-    match models.len() {
-        1 => products_of::<1, { Gram::sums(1) }, S>(base, models, products),
-        2 => products_of::<2, { Gram::sums(2) }, S>(base, models, products),
-        3 => products_of::<3, { Gram::sums(3) }, S>(base, models, products),
-        4 => products_of::<4, { Gram::sums(4) }, S>(base, models, products),
-        _ => unreachable!("one to `MOST` models"),
-    }
-}
-
-fn products_of<const K: usize, const SUMS: usize, S: Stored>(
-    base: Option<&[u8]>,
-    models: &[&[u8]],
-    products: &mut [f64],
-) -> bool {
-    let models: [&[S::Element]; K] = std::array::from_fn(|k| S::elements(models[k]));
-    let (sums, odd) = match base {
-        None => lanes::<K, SUMS, S>(
-            models,
-            models[0],
-            #[inline(always)]
-            |x, _| x,
-        ),
-        Some(base) => lanes::<K, SUMS, S>(
-            models,
-            S::elements(base),
-            #[inline(always)]
-            |x, base| x - base,
-        ),
+fn pairs<S: Stored>(base: Option<&[u8]>, models: &[&[u8]], products: &mut [f64]) -> bool {
+    let pair = |i: usize, j: usize| {
+        let (x, y) = (S::elements(models[i]), S::elements(models[j]));
+        match base {
+            None => pair::<S, false>(x, y, x),
+            Some(base) => pair::<S, true>(x, y, S::elements(base)),
+        }
     };
-    for (product, sum) in products.iter_mut().zip(sums) {
-        *product += sum;
+    if models.len() == 1 {
+        let Pair { xx, most, .. } = pair(0, 0);
+        products[0] += xx;
+        return is_odd(most);
     }
-    odd
+    let mut most = 0;
+    for i in 1..models.len() {
+        let row = i * (i + 1) / 2;
+        for j in 0..i {
+            let pair = pair(i, j);
+            most = most.max(pair.most);
+            products[row + j] += pair.xy;
+            if j == 0 {
+                products[row + i] += pair.xx;
+            }
+            if (i, j) == (1, 0) {
+                products[0] += pair.yy;
+            }
+        }
+    }
+    is_odd(most)
 }
 
-/// As [`vector::dot`](crate::kernel::vector::dot) of every pair: the same lanes, each model read and widened once. Products
-/// of two f32 are exact in f64.
+/// Of two models: their inner products, and the greatest magnitude of a value.
+struct Pair {
+    xx: f64,
+    xy: f64,
+    yy: f64,
+    most: u32,
+}
+
+/// As [`vector::dot`](crate::kernel::vector::dot), in the same lanes; products of two f32 are exact in f64. Arrays of a fixed
+/// length and one small loop an array: the compiler keeps each in two vector registers.
 #[inline(always)]
-#[allow(clippy::needless_range_loop, reason = "one index into several slices")]
-fn lanes<const K: usize, const SUMS: usize, S: Stored>(
-    models: [&[S::Element]; K],
-    base: &[S::Element],
-    value: impl Fn(f32, f32) -> f32,
-) -> ([f64; SUMS], bool) {
-    dispatch(
+#[allow(clippy::needless_range_loop, reason = "one index into several arrays")]
+fn pair<S: Stored, const BASE: bool>(x: &[S::Element], y: &[S::Element], base: &[S::Element]) -> Pair {
+    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+    let (base, base_rest) = base.as_chunks::<LANES>();
+    let (mut xx, mut xy, mut yy, mut most) = dispatch(
         #[inline(always)]
         move || {
-            let n = base.len();
-            let models: [&[S::Element]; K] = std::array::from_fn(|k| &models[k][..n]);
-            let mut sums = [[0.0f64; LANES]; SUMS];
-            let mut odd = 0;
-            let whole = n / LANES * LANES;
-            for first in (0..whole).step_by(LANES) {
-                let mut x = [[0.0f64; LANES]; K];
-                for k in 0..K {
-                    let (model, base) = (&models[k][first..first + LANES], &base[first..first + LANES]);
-                    for lane in 0..LANES {
-                        let bits = S::decode(model[lane]);
-                        let base = S::decode(base[lane]);
-                        odd |= u32::from(is_odd(bits)) | u32::from(is_odd(base));
-                        x[k][lane] = f64::from(value(f32::from_bits(bits), f32::from_bits(base)));
-                    }
+            let (mut xx, mut xy, mut yy) = ([0.0f64; LANES], [0.0f64; LANES], [0.0f64; LANES]);
+            let mut most = [0u32; LANES];
+            for ((x, y), base) in x.iter().zip(y).zip(base) {
+                let (mut a, mut b) = ([0.0f64; LANES], [0.0f64; LANES]);
+                for k in 0..LANES {
+                    a[k] = value::<S, BASE>(x[k], base[k], &mut most[k]);
                 }
-                let mut at = 0;
-                for i in 0..K {
-                    for j in 0..=i {
-                        for lane in 0..LANES {
-                            sums[at][lane] += x[i][lane] * x[j][lane];
-                        }
-                        at += 1;
-                    }
+                for k in 0..LANES {
+                    b[k] = value::<S, BASE>(y[k], base[k], &mut most[k]);
+                }
+                for k in 0..LANES {
+                    xx[k] += a[k] * a[k];
+                }
+                for k in 0..LANES {
+                    xy[k] += a[k] * b[k];
+                }
+                for k in 0..LANES {
+                    yy[k] += b[k] * b[k];
                 }
             }
-            for lane in 0..n - whole {
-                let mut x = [0.0f64; K];
-                let base = S::decode(base[whole + lane]);
-                for k in 0..K {
-                    let bits = S::decode(models[k][whole + lane]);
-                    odd |= u32::from(is_odd(bits)) | u32::from(is_odd(base));
-                    x[k] = f64::from(value(f32::from_bits(bits), f32::from_bits(base)));
-                }
-                let mut at = 0;
-                for i in 0..K {
-                    for j in 0..=i {
-                        sums[at][lane] += x[i] * x[j];
-                        at += 1;
-                    }
-                }
-            }
-            (sums.map(add_lanes), odd != 0)
+            (xx, xy, yy, most)
         },
-    )
+    );
+    for (k, ((x, y), base)) in x_rest.iter().zip(y_rest).zip(base_rest).enumerate() {
+        let a = value::<S, BASE>(*x, *base, &mut most[k]);
+        let b = value::<S, BASE>(*y, *base, &mut most[k]);
+        xx[k] += a * a;
+        xy[k] += a * b;
+        yy[k] += b * b;
+    }
+    Pair {
+        xx: add_lanes(xx),
+        xy: add_lanes(xy),
+        yy: add_lanes(yy),
+        most: most.into_iter().max().unwrap_or_default(),
+    }
+}
+
+/// A model's value, or its difference from the base, in f32 and widened.
+#[inline(always)]
+fn value<S: Stored, const BASE: bool>(element: S::Element, base: S::Element, most: &mut u32) -> f64 {
+    let bits = S::decode(element);
+    *most = (*most).max(magnitude(bits));
+    let mut value = f32::from_bits(bits);
+    if BASE {
+        let base = S::decode(base);
+        *most = (*most).max(magnitude(base));
+        value -= f32::from_bits(base);
+    }
+    f64::from(value)
 }

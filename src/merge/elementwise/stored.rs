@@ -8,11 +8,16 @@ pub(super) fn takes(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::Bf16 | Dtype::F32)
 }
 
-/// Whether these bits of an f32 are a NaN or an infinity.
+/// The bits of a magnitude: those of NaN and infinities are the greatest, so that the maximum of a loop says whether it met
+/// one, without a branch or a mask.
 #[inline(always)]
-pub(super) fn is_odd(bits: u32) -> bool {
-    const EXPONENT: u32 = 0x7f80_0000;
-    bits & EXPONENT == EXPONENT
+pub(super) fn magnitude(bits: u32) -> u32 {
+    bits & 0x7fff_ffff
+}
+
+/// Whether the greatest magnitude is a NaN or an infinity.
+pub(super) fn is_odd(most: u32) -> bool {
+    most >= 0x7f80_0000
 }
 
 /// A dtype whose values are the upper bits of an f32.

@@ -4,7 +4,7 @@
 //! same bits: decode, weight, add, divide, round. It takes a few models that are stored alike and says whether a value was
 //! not finite without saying which; then the caller looks for it its own way.
 
-use super::stored::{Bf16, F32, Stored, is_odd};
+use super::stored::{Bf16, F32, Stored, is_odd, magnitude};
 use crate::kernel::dispatch;
 use crate::read::Dtype;
 
@@ -112,20 +112,20 @@ fn elements_here<const K: usize, S: Stored, O: Stored>(
 ) -> Odd {
     let n = out.len();
     let models: [&[S::Element]; K] = std::array::from_fn(|k| &models[k][..n]);
-    let (mut read, mut made) = (0, 0);
+    let (mut read, mut made) = (0u32, 0u32);
     for i in 0..n {
         let mut x = [0.0; K];
         for k in 0..K {
             let bits = S::decode(models[k][i]);
-            read |= u32::from(is_odd(bits));
+            read = read.max(magnitude(bits));
             x[k] = f32::from_bits(bits);
         }
         let stored = O::encode(result(x));
         // Looked at as it is stored: rounding may have made an infinity of it.
-        made |= u32::from(is_odd(O::decode(stored)));
+        made = made.max(magnitude(O::decode(stored)));
         out[i] = stored;
     }
-    Odd { read: read != 0, made: made != 0 }
+    Odd { read: is_odd(read), made: is_odd(made) }
 }
 
 #[cfg(test)]
