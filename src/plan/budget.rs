@@ -30,12 +30,12 @@ const SLACK_BYTES: u64 = 8 << 20;
 
 /// Output buffers in flight for so many threads.
 pub fn out_buffers(threads: usize) -> usize {
-    2 * threads + 4
+    2 * threads + 12
 }
 
 /// Memory that is not a block's: `metadata` is what the process holds once all headers are open.
 pub fn overhead_bytes(threads: usize, metadata: u64) -> u64 {
-    let buffers = (out_buffers(threads) * (OUT_BUFFER_BYTES + BlockBuffer::SPARE_BYTES)) as u64;
+    let buffers = BlockBuffer::cut_from(out_buffers(threads), OUT_BUFFER_BYTES) as u64;
     metadata + SLACK_BYTES + HASHING_BYTES + threads as u64 * WORKER_BYTES + buffers
 }
 

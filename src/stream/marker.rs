@@ -9,10 +9,10 @@ use crate::merge::{MergeError, Recipe, Start};
 use crate::plan::{BlockPlan, MaskPlan};
 
 /// The masks of one tensor on their way to the writer.
-pub(super) struct Marker<'e> {
+pub(super) struct Marker<'e, 'b> {
     plan: MaskPlan,
     method: &'e dyn TaskMasks,
-    sink: &'e Sink<'e>,
+    sink: &'e Sink<'e, 'b>,
     outputs: &'e [usize],
     /// Bytes of one task's mask.
     row: u64,
@@ -20,12 +20,12 @@ pub(super) struct Marker<'e> {
     norms: Mutex<Vec<(usize, Vec<f64>)>>,
 }
 
-impl<'e> Marker<'e> {
+impl<'e, 'b> Marker<'e, 'b> {
     /// Of a block that keeps masks.
     pub fn of(
         block: &BlockPlan,
         recipe: &'e Recipe,
-        sink: &'e Sink<'e>,
+        sink: &'e Sink<'e, 'b>,
         outputs: &'e [usize],
     ) -> Option<Self> {
         let plan = block.masks?;

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
-use crate::kernel::{OutOfMemory, Real, Threading};
+use crate::kernel::{Buffer, OutOfMemory, Real, Threading};
 use crate::merge::block::{Shared, Strategy, Values, merge_block};
 use crate::merge::elementwise::{Known, ModelPasses, Piece};
 use crate::merge::sweep::{Variant, VariantRun, merge_variants};
@@ -24,7 +24,7 @@ use crate::plan::{Action, BlockPlan, MergePlan, Unit, budget};
 use crate::read::{Dtype, first_nonfinite};
 use crate::report::Progress;
 use crate::solve::IterationRecord;
-use crate::write::CheckpointWriter;
+use crate::write::{BlockBuffer, CheckpointWriter};
 use marker::Marker;
 
 /// Least distance of the readahead: one block's worth keeps the disk busy.
@@ -78,7 +78,10 @@ pub fn run(
         .map_err(|error| MergeError::Threads { source: std::io::Error::other(error) })?;
     let available = plan.limits.max_memory.saturating_sub(plan.overhead_bytes);
     let window = (plan.limits.max_memory / 4).clamp(LEAST_WINDOW, MOST_WINDOW);
-    let (sink, drain) = sink::channel(writers, budget::out_buffers(plan.limits.threads));
+    let buffers = budget::out_buffers(plan.limits.threads);
+    let mut memory =
+        catching(|| Ok(Buffer::<u8>::zeroed(BlockBuffer::cut_from(buffers, budget::OUT_BUFFER_BYTES))))?;
+    let (sink, drain) = sink::channel(writers, buffers, &mut memory);
     let position = prefetch::Position::default();
     let state = Admission::new(available);
     let tallies: Vec<Tally> = plan.blocks.iter().map(|_| Tally::default()).collect();
@@ -306,7 +309,7 @@ impl Engine<'_> {
         &self,
         unit: &Unit,
         threading: Threading,
-        sink: &sink::Sink<'_>,
+        sink: &sink::Sink<'_, '_>,
     ) -> Result<Vec<Vec<BlockReport>>, MergeError> {
         catching(|| self.unit(unit, threading, sink))
     }
@@ -316,7 +319,7 @@ impl Engine<'_> {
         &self,
         unit: &Unit,
         threading: Threading,
-        sink: &sink::Sink<'_>,
+        sink: &sink::Sink<'_, '_>,
     ) -> Result<Vec<Vec<BlockReport>>, MergeError> {
         let mut shared = Shared::default();
         let mut reports = Vec::with_capacity(unit.blocks.len());
@@ -349,7 +352,7 @@ impl Engine<'_> {
         threading: Threading,
         share: bool,
         shared: &mut Shared,
-        sink: &sink::Sink<'_>,
+        sink: &sink::Sink<'_, '_>,
     ) -> Result<Vec<BlockReport>, MergeError> {
         let block = &self.plans[0].blocks[index];
         let groups = self.groups(index);
@@ -407,7 +410,7 @@ impl Engine<'_> {
         block: &BlockPlan,
         source: usize,
         outputs: &[usize],
-        sink: &sink::Sink<'_>,
+        sink: &sink::Sink<'_, '_>,
         tally: &Tally,
     ) -> Result<Option<String>, MergeError> {
         let inputs = self.inputs.of_section(block.section);
@@ -461,7 +464,7 @@ impl Engine<'_> {
         threading: Threading,
         share: bool,
         shared: &mut Shared,
-        sink: &sink::Sink<'_>,
+        sink: &sink::Sink<'_, '_>,
         tally: &Tally,
     ) -> Result<Vec<VariantRun>, MergeError> {
         let block = &self.plans[0].blocks[index];

@@ -11,33 +11,32 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::write::BlockBuffer;
 
 /// The buffers that nobody has.
-pub(super) struct Pool {
-    state: Mutex<State>,
+pub(super) struct Pool<'b> {
+    state: Mutex<State<'b>>,
     changed: Condvar,
 }
 
-struct State {
-    free: Vec<BlockBuffer>,
+struct State<'b> {
+    free: Vec<BlockBuffer<'b>>,
     /// Who waits: tensor, and a number of its own.
     waiting: BTreeSet<(usize, u64)>,
     tickets: u64,
     closed: bool,
 }
 
-impl Pool {
-    /// So many buffers, empty.
-    pub fn new(buffers: usize) -> Self {
-        let free = (0..buffers).map(|_| BlockBuffer::default()).collect();
-        let state = State { free, waiting: BTreeSet::new(), tickets: 0, closed: false };
+impl<'b> Pool<'b> {
+    /// Of these buffers.
+    pub fn new(buffers: impl Iterator<Item = BlockBuffer<'b>>) -> Self {
+        let state = State { free: buffers.collect(), waiting: BTreeSet::new(), tickets: 0, closed: false };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State<'b>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for a buffer; `None` once nobody writes any more.
-    pub fn take(&self, tensor: usize) -> Option<Taken<'_>> {
+    pub fn take(&self, tensor: usize) -> Option<Taken<'_, 'b>> {
         let mut state = self.lock();
         let ticket = (tensor, state.tickets);
         state.tickets += 1;
@@ -56,7 +55,7 @@ impl Pool {
     }
 
     /// Takes a buffer back.
-    pub fn put(&self, buffer: BlockBuffer) {
+    pub fn put(&self, buffer: BlockBuffer<'b>) {
         self.lock().free.push(buffer);
         self.changed.notify_all();
     }
@@ -69,33 +68,33 @@ impl Pool {
 }
 
 /// A buffer that goes back to the pool unless it is sent on.
-pub(super) struct Taken<'p> {
-    pool: &'p Pool,
+pub(super) struct Taken<'p, 'b> {
+    pool: &'p Pool<'b>,
     /// There until it is sent.
-    buffer: Option<BlockBuffer>,
+    buffer: Option<BlockBuffer<'b>>,
 }
 
-impl Taken<'_> {
+impl<'b> Taken<'_, 'b> {
     /// The buffer, for whoever puts it back.
-    pub fn send(mut self) -> BlockBuffer {
-        self.buffer.take().unwrap_or_default()
+    pub fn send(mut self) -> BlockBuffer<'b> {
+        self.buffer.take().expect("it is there until it is sent")
     }
 }
 
-impl Deref for Taken<'_> {
-    type Target = BlockBuffer;
-    fn deref(&self) -> &BlockBuffer {
+impl<'b> Deref for Taken<'_, 'b> {
+    type Target = BlockBuffer<'b>;
+    fn deref(&self) -> &BlockBuffer<'b> {
         self.buffer.as_ref().expect("it is there until it is sent")
     }
 }
 
-impl DerefMut for Taken<'_> {
-    fn deref_mut(&mut self) -> &mut BlockBuffer {
+impl<'b> DerefMut for Taken<'_, 'b> {
+    fn deref_mut(&mut self) -> &mut BlockBuffer<'b> {
         self.buffer.as_mut().expect("it is there until it is sent")
     }
 }
 
-impl Drop for Taken<'_> {
+impl Drop for Taken<'_, '_> {
     fn drop(&mut self) {
         if let Some(buffer) = self.buffer.take() {
             self.pool.put(buffer);
@@ -112,7 +111,8 @@ mod tests {
 
     #[test]
     fn the_first_tensor_that_waits_gets_the_next_buffer() {
-        let pool = Pool::new(1);
+        let mut memory = vec![0; BlockBuffer::cut_from(1, 10)];
+        let pool = Pool::new(BlockBuffer::cut(&mut memory, 1, 10));
         let held = pool.take(5).unwrap();
         let (got, order) = mpsc::channel();
         std::thread::scope(|threads| {
@@ -135,7 +135,8 @@ mod tests {
 
     #[test]
     fn a_buffer_that_is_not_sent_comes_back_and_a_closed_pool_gives_none() {
-        let pool = Pool::new(1);
+        let mut memory = vec![0; BlockBuffer::cut_from(1, 10)];
+        let pool = Pool::new(BlockBuffer::cut(&mut memory, 1, 10));
         drop(pool.take(0));
         let held = pool.take(0).unwrap();
         std::thread::scope(|threads| {

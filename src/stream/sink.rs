@@ -17,32 +17,32 @@ use crate::write::{BlockBuffer, CheckpointWriter, PieceChecksums};
 const PIECE: usize = OUT_BUFFER_BYTES / 8;
 
 /// Writes in flight where they pass the page cache by: more keep a disk no busier.
-const DIRECT_WRITERS: usize = 4;
+const DIRECT_WRITERS: usize = 8;
 
 /// Encoded values on their way to the writer thread.
-pub(super) struct Job {
+pub(super) struct Job<'b> {
     outputs: Arc<[usize]>,
     tensor: usize,
     offset: u64,
-    bytes: BlockBuffer,
+    bytes: BlockBuffer<'b>,
     pieces: PieceChecksums,
 }
 
 /// Hands tiles to the writers. A fixed number of buffers goes round; when all are on their way the producers wait.
-pub(super) struct Sink<'w> {
+pub(super) struct Sink<'w, 'b> {
     /// One an output: one, or one for each variant of a sweep.
     writers: &'w [CheckpointWriter],
-    jobs: Sender<Job>,
-    pool: Arc<Pool>,
+    jobs: Sender<Job<'b>>,
+    pool: Arc<Pool<'b>>,
     /// Output and tensor of what has been encoded to NaN or an infinity.
     nonfinite: Mutex<BTreeSet<(usize, usize)>>,
 }
 
 /// A writer thread's end. Where one ends early, nobody gets a buffer any more.
 #[derive(Clone)]
-pub(super) struct Drain {
-    jobs: Receiver<Job>,
-    pool: Arc<Pool>,
+pub(super) struct Drain<'b> {
+    jobs: Receiver<Job<'b>>,
+    pool: Arc<Pool<'b>>,
 }
 
 /// Writer threads that these writers keep busy.
@@ -50,15 +50,19 @@ pub(super) fn writer_threads(writers: &[CheckpointWriter]) -> usize {
     if writers.iter().any(CheckpointWriter::is_direct) { DIRECT_WRITERS } else { 1 }
 }
 
-/// Both ends, with `buffers` buffers between them.
-pub(super) fn channel(writers: &[CheckpointWriter], buffers: usize) -> (Sink<'_>, Drain) {
+/// Both ends, with `buffers` buffers cut from `memory` between them.
+pub(super) fn channel<'w, 'b>(
+    writers: &'w [CheckpointWriter],
+    buffers: usize,
+    memory: &'b mut [u8],
+) -> (Sink<'w, 'b>, Drain<'b>) {
     let (jobs, ready) = bounded(buffers);
-    let pool = Arc::new(Pool::new(buffers));
+    let pool = Arc::new(Pool::new(BlockBuffer::cut(memory, buffers, OUT_BUFFER_BYTES)));
     let drain = Drain { jobs: ready, pool: Arc::clone(&pool) };
     (Sink { writers, jobs, pool, nonfinite: Mutex::default() }, drain)
 }
 
-impl Sink<'_> {
+impl Sink<'_, '_> {
     /// Encodes values and queues them for these outputs: a solver goes on while the bytes are written.
     pub fn queue(
         &self,
@@ -147,7 +151,7 @@ impl Sink<'_> {
     }
 }
 
-impl Drain {
+impl Drain<'_> {
     /// Writes until every sink is gone.
     ///
     /// # Errors
@@ -167,9 +171,9 @@ impl Drain {
 }
 
 /// Closes the pool where a writer thread ends, however it does.
-struct Closing<'p>(&'p Pool);
+struct Closing<'p, 'b>(&'p Pool<'b>);
 
-impl Drop for Closing<'_> {
+impl Drop for Closing<'_, '_> {
     fn drop(&mut self) {
         self.0.close();
     }

@@ -22,28 +22,39 @@ const BLOCK: usize = BLOCK_BYTES as usize;
 const LEAST_FILE: u64 = 16 << 20;
 
 /// A buffer of bytes on their way to a place in a file, in memory at the same phase within a block as there.
-#[derive(Debug, Default)]
-pub struct BlockBuffer {
-    storage: Vec<u8>,
+///
+/// Cut from one stretch of memory that large pages can back: a disk that fetches from a few of them is told a few addresses
+/// instead of one for every 4 KiB.
+#[derive(Debug)]
+pub struct BlockBuffer<'a> {
+    storage: &'a mut [u8],
     start: usize,
     len: usize,
 }
 
-impl BlockBuffer {
+impl<'a> BlockBuffer<'a> {
     /// What it holds beyond the bytes asked for.
-    pub const SPARE_BYTES: usize = 2 * BLOCK;
+    const SPARE_BYTES: usize = 2 * BLOCK;
 
     /// Fewer bytes are not worth a trip to the disk of their own.
     pub const LEAST_BYTES: usize = 64 << 10;
 
+    /// Bytes to cut `count` buffers from, with room for `bytes` each: in large pages of 2 MiB.
+    pub const fn cut_from(count: usize, bytes: usize) -> usize {
+        (count * (bytes + Self::SPARE_BYTES)).next_multiple_of(2 << 20)
+    }
+
+    /// Buffers with room for `bytes` each: as many as there is memory for, at most `count`.
+    pub fn cut(memory: &'a mut [u8], count: usize, bytes: usize) -> impl Iterator<Item = Self> {
+        let cut = memory.chunks_exact_mut(bytes + Self::SPARE_BYTES).take(count);
+        cut.map(|storage| Self { storage, start: 0, len: 0 })
+    }
+
     /// Room for `len` bytes that go to `place`; what is in them is not said.
+    ///
+    /// # Panics
+    /// If the buffer was cut for fewer.
     pub fn prepare(&mut self, place: u64, len: usize) -> &mut [u8] {
-        let room = len + Self::SPARE_BYTES;
-        if self.storage.len() < room {
-            // Nothing of the old bytes is wanted: no copy.
-            self.storage.clear();
-            self.storage.resize(room, 0);
-        }
         let to_block = self.storage.as_ptr().align_offset(BLOCK);
         // An address that cannot be aligned makes a buffer that goes through the page cache.
         self.start = if to_block < BLOCK { to_block + (place % BLOCK_BYTES) as usize } else { 0 };
@@ -162,7 +173,8 @@ mod tests {
 
     #[test]
     fn a_buffer_lies_as_its_place_does() {
-        let mut buffer = BlockBuffer::default();
+        let mut memory = vec![0; BlockBuffer::cut_from(1, 200_000)];
+        let mut buffer = BlockBuffer::cut(&mut memory, 1, 200_000).next().unwrap();
         for (place, len) in [(0, 10), (4095, 200_000), (8192 + 513, 100_000), (1, 0)] {
             let bytes = buffer.prepare(place, len);
             assert_eq!(bytes.len(), len);
@@ -193,7 +205,8 @@ mod tests {
 
     #[test]
     fn whole_blocks_are_those_that_both_sides_have() {
-        let mut buffer = BlockBuffer::default();
+        let mut memory = vec![0; BlockBuffer::cut_from(1, 3 * LEAST)];
+        let mut buffer = BlockBuffer::cut(&mut memory, 1, 3 * LEAST).next().unwrap();
         assert_eq!(whole_blocks(buffer.prepare(4096, 3 * LEAST), 4096), Some(0..3 * LEAST));
         let ragged = buffer.prepare(4000, 2 * LEAST);
         assert_eq!(whole_blocks(ragged, 4000), Some(96..96 + 2 * LEAST - 4096));
@@ -214,7 +227,8 @@ mod tests {
     /// Writes `want` in pieces of odd lengths from the back, some of them not aligned in memory; gives the bytes that went
     /// through the page cache.
     fn write_in_pieces(file: &File, direct: Option<&File>, want: &[u8]) -> u64 {
-        let mut buffer = BlockBuffer::default();
+        let mut memory = vec![0; BlockBuffer::cut_from(1, 400_000)];
+        let mut buffer = BlockBuffer::cut(&mut memory, 1, 400_000).next().unwrap();
         let (mut end, mut cached) = (want.len(), 0);
         for k in 0.. {
             let begin = end.saturating_sub(300_001 + 997 * (k % 50));
