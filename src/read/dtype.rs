@@ -231,11 +231,18 @@ fn f16_encode(len: usize, out: &mut [u8], mut source: impl FnMut(usize, &mut [f3
     }
 }
 
-/// f32 to bf16 bits: nearest, ties to even, in integers, so that denormals survive on every CPU.
+/// f32 to bf16 bits: nearest, ties to even, in integers, so that denormals survive on every CPU. Of anything but NaN.
 #[inline(always)]
-pub(crate) fn bf16_bits(value: f32) -> u16 {
+pub(crate) fn bf16_bits_of_finite(value: f32) -> u16 {
     let bits = value.to_bits();
-    let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
+    (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16
+}
+
+/// The same of any value.
+#[inline(always)]
+fn bf16_bits(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bf16_bits_of_finite(value);
     // A NaN could round to an infinity or carry into the sign; it keeps its upper payload and is made quiet
     // instead.
     let quiet = ((bits >> 16) | 0x0040) as u16;

@@ -497,7 +497,7 @@ impl<'a> Run<'a> {
     }
 
     /// Adds the inner products of a piece from the stored bytes; false where these are not to be had, or where a value is
-    /// not finite and somebody has to say which.
+    /// not finite and the long way says which.
     fn products(
         &self,
         dtype: Dtype,
@@ -527,7 +527,7 @@ impl<'a> Run<'a> {
             models.push(bytes);
         }
         let mut found = vec![0.0; sums.len()];
-        if products::products(dtype, base, &models, &mut found) && inputs.refuse_nonfinite {
+        if !products::products(dtype, base, &models, &mut found) {
             return Ok(false);
         }
         sums.iter_mut().zip(found).for_each(|(sum, found)| *sum += found);

@@ -3,13 +3,13 @@
 //!
 //! The bits of [`Gram::add`](super::Gram::add), which goes through memory.
 
-use super::stored::{Bf16, F32, Stored, is_odd, magnitude};
+use super::stored::{Bf16, F32, Stored};
 use crate::kernel::dispatch;
 use crate::kernel::vector::{LANES, add_lanes};
 use crate::read::Dtype;
 
 /// Adds to `products` the lower triangle, row by row, of the inner products of models, or of their differences from `base`;
-/// says whether some value was not finite.
+/// false where a value is not finite, which shows in its model's product with itself.
 pub(super) fn products(dtype: Dtype, base: Option<&[u8]>, models: &[&[u8]], products: &mut [f64]) -> bool {
     match dtype {
         Dtype::Bf16 => pairs::<Bf16>(base, models, products),
@@ -27,16 +27,12 @@ fn pairs<S: Stored>(base: Option<&[u8]>, models: &[&[u8]], products: &mut [f64])
         }
     };
     if models.len() == 1 {
-        let Pair { xx, most, .. } = pair(0, 0);
-        products[0] += xx;
-        return is_odd(most);
+        products[0] += pair(0, 0).xx;
     }
-    let mut most = 0;
     for i in 1..models.len() {
         let row = i * (i + 1) / 2;
         for j in 0..i {
             let pair = pair(i, j);
-            most = most.max(pair.most);
             products[row + j] += pair.xy;
             if j == 0 {
                 products[row + i] += pair.xx;
@@ -46,15 +42,14 @@ fn pairs<S: Stored>(base: Option<&[u8]>, models: &[&[u8]], products: &mut [f64])
             }
         }
     }
-    is_odd(most)
+    products.iter().all(|product| product.is_finite())
 }
 
-/// Of two models: their inner products, and the greatest magnitude of a value.
+/// The inner products of two models.
 struct Pair {
     xx: f64,
     xy: f64,
     yy: f64,
-    most: u32,
 }
 
 /// As [`vector::dot`](crate::kernel::vector::dot), in the same lanes; products of two f32 are exact in f64. Arrays of a fixed
@@ -64,18 +59,17 @@ struct Pair {
 fn pair<S: Stored, const BASE: bool>(x: &[S::Element], y: &[S::Element], base: &[S::Element]) -> Pair {
     let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
     let (base, base_rest) = base.as_chunks::<LANES>();
-    let (mut xx, mut xy, mut yy, mut most) = dispatch(
+    let (mut xx, mut xy, mut yy) = dispatch(
         #[inline(always)]
         move || {
             let (mut xx, mut xy, mut yy) = ([0.0f64; LANES], [0.0f64; LANES], [0.0f64; LANES]);
-            let mut most = [0u32; LANES];
             for ((x, y), base) in x.iter().zip(y).zip(base) {
                 let (mut a, mut b) = ([0.0f64; LANES], [0.0f64; LANES]);
                 for k in 0..LANES {
-                    a[k] = value::<S, BASE>(x[k], base[k], &mut most[k]);
+                    a[k] = value::<S, BASE>(x[k], base[k]);
                 }
                 for k in 0..LANES {
-                    b[k] = value::<S, BASE>(y[k], base[k], &mut most[k]);
+                    b[k] = value::<S, BASE>(y[k], base[k]);
                 }
                 for k in 0..LANES {
                     xx[k] += a[k] * a[k];
@@ -87,34 +81,21 @@ fn pair<S: Stored, const BASE: bool>(x: &[S::Element], y: &[S::Element], base: &
                     yy[k] += b[k] * b[k];
                 }
             }
-            (xx, xy, yy, most)
+            (xx, xy, yy)
         },
     );
     for (k, ((x, y), base)) in x_rest.iter().zip(y_rest).zip(base_rest).enumerate() {
-        let a = value::<S, BASE>(*x, *base, &mut most[k]);
-        let b = value::<S, BASE>(*y, *base, &mut most[k]);
+        let (a, b) = (value::<S, BASE>(*x, *base), value::<S, BASE>(*y, *base));
         xx[k] += a * a;
         xy[k] += a * b;
         yy[k] += b * b;
     }
-    Pair {
-        xx: add_lanes(xx),
-        xy: add_lanes(xy),
-        yy: add_lanes(yy),
-        most: most.into_iter().max().unwrap_or_default(),
-    }
+    Pair { xx: add_lanes(xx), xy: add_lanes(xy), yy: add_lanes(yy) }
 }
 
 /// A model's value, or its difference from the base, in f32 and widened.
 #[inline(always)]
-fn value<S: Stored, const BASE: bool>(element: S::Element, base: S::Element, most: &mut u32) -> f64 {
-    let bits = S::decode(element);
-    *most = (*most).max(magnitude(bits));
-    let mut value = f32::from_bits(bits);
-    if BASE {
-        let base = S::decode(base);
-        *most = (*most).max(magnitude(base));
-        value -= f32::from_bits(base);
-    }
-    f64::from(value)
+fn value<S: Stored, const BASE: bool>(element: S::Element, base: S::Element) -> f64 {
+    let value = S::decode(element);
+    f64::from(if BASE { value - S::decode(base) } else { value })
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::stored::takes;
-use super::sums::{self, Odd, Sum};
+use super::sums::{self, Sum};
 use crate::kernel::{Real, dispatch};
 use crate::merge::{Inputs, MergeError, SourceId, Start, Tally};
 use crate::read::{Dtype, TensorMeta, first_nonfinite};
@@ -139,9 +139,8 @@ pub(crate) fn merge_stored(
     for (begin, out) in range.clone().step_by(PIECE).zip(out.chunks_mut((PIECE * width).max(1))) {
         let elements = begin..(begin + PIECE).min(range.end);
         if let Some(together) = &together
-            && let Some(odd) = together.sum(elements.clone(), to, out, &mut scratch.each, tally)?
+            && together.sum(elements.clone(), to, out, &mut scratch.each, tally)?
         {
-            nonfinite |= odd.made;
             continue;
         }
         values.resize(elements.len(), 0.0f32);
@@ -181,7 +180,7 @@ impl<'i> Together<'i> {
         (alike && terms.len() <= sums::MOST).then_some(Self { inputs, sum, dtype, terms })
     }
 
-    /// `None` where the stored bytes are not to be had, or where a value is not finite and somebody has to say which.
+    /// False where the stored bytes are not to be had, or where a value is not finite and the long way says which.
     fn sum(
         &self,
         elements: Range<usize>,
@@ -189,20 +188,19 @@ impl<'i> Together<'i> {
         out: &mut [u8],
         scratch: &mut Vec<Vec<u8>>,
         tally: &Tally,
-    ) -> Result<Option<Odd>, MergeError> {
+    ) -> Result<bool, MergeError> {
         scratch.resize_with(self.terms.len(), Vec::new);
         let mut stored = Vec::with_capacity(self.terms.len());
         for ((source, meta, weight), bytes) in self.terms.iter().zip(scratch) {
             let Some(bytes) = self.inputs.stored(*source, meta, elements.clone(), bytes)? else {
-                return Ok(None);
+                return Ok(false);
             };
             stored.push((bytes, *weight));
         }
-        let odd = sums::sum(self.sum, self.dtype, &stored, to, out);
-        if odd.read && self.inputs.refuse_nonfinite {
-            return Ok(None);
+        let finite = sums::sum(self.sum, self.dtype, &stored, to, out);
+        if finite {
+            tally.add(stored.iter().map(|(bytes, _)| bytes.len() as u64).sum());
         }
-        tally.add(stored.iter().map(|(bytes, _)| bytes.len() as u64).sum());
-        Ok(Some(odd))
+        Ok(finite)
     }
 }

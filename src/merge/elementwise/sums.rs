@@ -2,9 +2,9 @@
 //!
 //! What [`starts`](super::starts) does piece by piece through memory, with the same f32 operations in the same order, so the
 //! same bits: decode, weight, add, divide, round. It takes a few models that are stored alike and says whether a value was
-//! not finite without saying which; then the caller looks for it its own way.
+//! not finite without saying which; then the caller goes the long way.
 
-use super::stored::{Bf16, F32, Stored, is_odd, magnitude};
+use super::stored::{Bf16, F32, Stored};
 use crate::kernel::dispatch;
 use crate::read::Dtype;
 
@@ -23,17 +23,10 @@ pub(super) enum Sum {
 /// One model: its bytes and its weight.
 pub(super) type Term<'b> = (&'b [u8], f32);
 
-/// Where values that are not finite were met.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Odd {
-    /// In a model.
-    pub read: bool,
-    /// In the result.
-    pub made: bool,
-}
-
-/// Fills `out`, stored as `to`, from 1 to [`MOST`] terms.
-pub(super) fn sum(sum: Sum, dtype: Dtype, terms: &[Term<'_>], to: Dtype, out: &mut [u8]) -> Odd {
+/// Fills `out`, stored as `to`, from 1 to [`MOST`] terms; false where a result is not finite, and `out` is then good for
+/// nothing. Every value that is not finite makes such a result: no weight, 0 included, turns an infinity or a NaN into a
+/// number.
+pub(super) fn sum(sum: Sum, dtype: Dtype, terms: &[Term<'_>], to: Dtype, out: &mut [u8]) -> bool {
     match (dtype, to) {
         (Dtype::Bf16, Dtype::Bf16) => sum_by_count::<Bf16, Bf16>(sum, terms, out),
         (Dtype::Bf16, Dtype::F32) => sum_by_count::<Bf16, F32>(sum, terms, out),
@@ -43,7 +36,7 @@ pub(super) fn sum(sum: Sum, dtype: Dtype, terms: &[Term<'_>], to: Dtype, out: &m
     }
 }
 
-fn sum_by_count<S: Stored, O: Stored>(sum: Sum, terms: &[Term<'_>], out: &mut [u8]) -> Odd {
+fn sum_by_count<S: Stored, O: Stored>(sum: Sum, terms: &[Term<'_>], out: &mut [u8]) -> bool {
     match terms.len() {
         1 => sum_of::<1, S, O>(sum, terms, out),
         2 => sum_of::<2, S, O>(sum, terms, out),
@@ -57,22 +50,26 @@ fn sum_by_count<S: Stored, O: Stored>(sum: Sum, terms: &[Term<'_>], out: &mut [u
     }
 }
 
-fn sum_of<const K: usize, S: Stored, O: Stored>(sum: Sum, terms: &[Term<'_>], out: &mut [u8]) -> Odd {
+fn sum_of<const K: usize, S: Stored, O: Stored>(sum: Sum, terms: &[Term<'_>], out: &mut [u8]) -> bool {
     let models: [&[S::Element]; K] = std::array::from_fn(|k| S::elements(terms[k].0));
     let weights: [f32; K] = std::array::from_fn(|k| terms[k].1);
     let out = O::elements_mut(out);
     match sum {
+        // A power of two: its inverse is exact, and a product is had for less than a quotient.
+        Sum::Mean { divisor } if divisor.is_normal() && divisor.to_bits() & 0x007f_ffff == 0 => {
+            let inverse = 1.0 / divisor;
+            elements::<K, S, O>(
+                models,
+                out,
+                #[inline(always)]
+                move |x| weighted(&weights, &x) * inverse,
+            )
+        }
         Sum::Mean { divisor } => elements::<K, S, O>(
             models,
             out,
             #[inline(always)]
-            move |x| {
-                let mut sum = weights[0] * x[0];
-                for k in 1..K {
-                    sum += weights[k] * x[k];
-                }
-                sum / divisor
-            },
+            move |x| weighted(&weights, &x) / divisor,
         ),
         Sum::TaskVectors { scale } => elements::<K, S, O>(
             models,
@@ -89,13 +86,22 @@ fn sum_of<const K: usize, S: Stored, O: Stored>(sum: Sum, terms: &[Term<'_>], ou
     }
 }
 
+#[inline(always)]
+fn weighted<const K: usize>(weights: &[f32; K], x: &[f32; K]) -> f32 {
+    let mut sum = weights[0] * x[0];
+    for k in 1..K {
+        sum += weights[k] * x[k];
+    }
+    sum
+}
+
 /// Compiled for each vector unit. All is handed on by value: what a closure borrows is not inlined, and the loop stays scalar.
 #[inline(always)]
 fn elements<const K: usize, S: Stored, O: Stored>(
     models: [&[S::Element]; K],
     out: &mut [O::Element],
     result: impl Fn([f32; K]) -> f32,
-) -> Odd {
+) -> bool {
     dispatch(
         #[inline(always)]
         move || elements_here::<K, S, O>(models, out, result),
@@ -109,23 +115,21 @@ fn elements_here<const K: usize, S: Stored, O: Stored>(
     models: [&[S::Element]; K],
     out: &mut [O::Element],
     result: impl Fn([f32; K]) -> f32,
-) -> Odd {
+) -> bool {
     let n = out.len();
     let models: [&[S::Element]; K] = std::array::from_fn(|k| &models[k][..n]);
-    let (mut read, mut made) = (0u32, 0u32);
+    let mut most = 0u32;
     for i in 0..n {
         let mut x = [0.0; K];
         for k in 0..K {
-            let bits = S::decode(models[k][i]);
-            read = read.max(magnitude(bits));
-            x[k] = f32::from_bits(bits);
+            x[k] = S::decode(models[k][i]);
         }
-        let stored = O::encode(result(x));
-        // Looked at as it is stored: rounding may have made an infinity of it.
-        made = made.max(magnitude(O::decode(stored)));
-        out[i] = stored;
+        let value = result(x);
+        // Bits order as magnitudes do, NaN last.
+        most = most.max(value.to_bits() & 0x7fff_ffff);
+        out[i] = O::encode(value);
     }
-    Odd { read: is_odd(read), made: is_odd(made) }
+    most < O::LEAST_ODD
 }
 
 #[cfg(test)]
