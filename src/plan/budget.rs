@@ -28,14 +28,28 @@ const HASHING_BYTES: u64 = checksum::PARTIAL_BYTES;
 /// Heap that comes and goes: names, reports, channels, the allocator's slack.
 const SLACK_BYTES: u64 = 8 << 20;
 
-/// Output buffers in flight for so many threads.
-pub fn out_buffers(threads: usize) -> usize {
-    2 * threads + 12
+/// Output buffers at least for so many threads.
+fn least_out_buffers(threads: usize) -> usize {
+    2 * threads + 4
+}
+
+/// Output buffers where memory is to spare: what a disk writes while every thread reads.
+const MOST_OUT_BUFFERS: usize = 64;
+
+/// Output buffers where so many bytes are left of the memory bound, and what they take beyond the overhead. At most half of
+/// what is left, and no more than there is to write.
+pub fn out_buffers(threads: usize, left: u64, write_bytes: u64) -> (usize, u64) {
+    let bytes = |buffers| BlockBuffer::cut_from(buffers, OUT_BUFFER_BYTES) as u64;
+    let least = least_out_buffers(threads);
+    let to_write = write_bytes.div_ceil(OUT_BUFFER_BYTES as u64).min(MOST_OUT_BUFFERS as u64) as usize;
+    let more = |buffers: usize| bytes(buffers) - bytes(least);
+    let buffers = (least..=to_write).rev().find(|buffers| more(*buffers) <= left / 2).unwrap_or(least);
+    (buffers, more(buffers))
 }
 
 /// Memory that is not a block's: `metadata` is what the process holds once all headers are open.
 pub fn overhead_bytes(threads: usize, metadata: u64) -> u64 {
-    let buffers = BlockBuffer::cut_from(out_buffers(threads), OUT_BUFFER_BYTES) as u64;
+    let buffers = BlockBuffer::cut_from(least_out_buffers(threads), OUT_BUFFER_BYTES) as u64;
     metadata + SLACK_BYTES + HASHING_BYTES + threads as u64 * WORKER_BYTES + buffers
 }
 

@@ -318,8 +318,24 @@ impl MergePlan {
         })
     }
 
-    /// Peak anonymous memory of the run: the overhead and what units hold at the same time.
+    /// Peak anonymous memory of the run: the overhead, what units hold at the same time, and output buffers beyond the least.
     pub fn peak_memory_bytes(&self) -> u64 {
+        let peak = self.peak_of_units();
+        peak + self.buffers_beside(peak).1
+    }
+
+    /// Output buffers of the run.
+    pub fn out_buffers(&self) -> usize {
+        self.buffers_beside(self.peak_of_units()).0
+    }
+
+    fn buffers_beside(&self, peak: u64) -> (usize, u64) {
+        let left = self.limits.max_memory.saturating_sub(peak);
+        budget::out_buffers(self.limits.threads, left, self.write_bytes())
+    }
+
+    /// The overhead and what units hold at the same time.
+    fn peak_of_units(&self) -> u64 {
         let alone = self.units.iter().map(|u| u.memory_bytes).max().unwrap_or(0);
         let mut small: Vec<u64> = self.units.iter().filter(|u| !u.large).map(|u| u.memory_bytes).collect();
         small.sort_unstable_by(|a, b| b.cmp(a));

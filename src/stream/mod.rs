@@ -78,7 +78,7 @@ pub fn run(
         .map_err(|error| MergeError::Threads { source: std::io::Error::other(error) })?;
     let available = plan.limits.max_memory.saturating_sub(plan.overhead_bytes);
     let window = (plan.limits.max_memory / 4).clamp(LEAST_WINDOW, MOST_WINDOW);
-    let buffers = budget::out_buffers(plan.limits.threads);
+    let buffers = plan.out_buffers();
     let mut memory =
         catching(|| Ok(Buffer::<u8>::zeroed(BlockBuffer::cut_from(buffers, budget::OUT_BUFFER_BYTES))))?;
     let (sink, drain) = sink::channel(writers, buffers, &mut memory);
