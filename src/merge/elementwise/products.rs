@@ -99,3 +99,62 @@ fn value<S: Stored, const BASE: bool>(element: S::Element, base: S::Element) -> 
     let value = S::decode(element);
     f64::from(if BASE { value - S::decode(base) } else { value })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Gram, Piece};
+    use super::*;
+
+    fn encoded(dtype: Dtype, values: &[f32]) -> Vec<u8> {
+        let mut bytes = vec![0; values.len() * dtype.float_bytes().unwrap()];
+        crate::read::encode_f32(dtype, values, &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn every_count_and_length_has_the_bits_of_one_pair_at_a_time() {
+        let draw = |model: usize, i: usize| {
+            half::bf16::from_f32(((model * 977 + i) as f32 * 0.618_034).fract() * 6.0 - 3.0).to_f32()
+        };
+        for dtype in [Dtype::Bf16, Dtype::F32] {
+            for (count, len) in (1..=5).flat_map(|count| [1, 15, 16, 17, 1003].map(|len| (count, len))) {
+                let values: Vec<Vec<f32>> =
+                    (0..=count).map(|m| (0..len).map(|i| draw(m, i)).collect()).collect();
+                let stored: Vec<Vec<u8>> = values.iter().map(|v| encoded(dtype, v)).collect();
+                let (base, models) = stored.split_first().unwrap();
+                let models: Vec<&[u8]> = models.iter().map(|m| &m[..]).collect();
+                for with_base in [false, true] {
+                    let mut flat: Vec<f32> = values[1..]
+                        .iter()
+                        .flat_map(|v| {
+                            v.iter().zip(&values[0]).map(|(x, b)| if with_base { x - b } else { *x })
+                        })
+                        .collect();
+                    // What was there is added to.
+                    let mut want = vec![0.25; Gram::sums(count)];
+                    let mut found = want.clone();
+                    Gram::add(&Piece::new(0, len, &[], &mut flat), &mut want);
+                    assert!(products(dtype, with_base.then_some(&base[..]), &models, &mut found));
+                    assert_eq!(found, want, "{dtype} {count} {len} {with_base}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_found() {
+        for dtype in [Dtype::Bf16, Dtype::F32] {
+            for (place, odd) in (0..3).flat_map(|place| [f32::NAN, f32::INFINITY].map(|odd| (place, odd))) {
+                for count in [1, 2] {
+                    let mut values = vec![vec![1.0f32; 21]; 3];
+                    values[place][20] = odd;
+                    let stored: Vec<Vec<u8>> = values.iter().map(|v| encoded(dtype, v)).collect();
+                    let models: Vec<&[u8]> = stored[1..=count].iter().map(|m| &m[..]).collect();
+                    let finite =
+                        products(dtype, Some(&stored[0]), &models, &mut vec![0.0; Gram::sums(count)]);
+                    assert_eq!(finite, place > count, "{dtype} {place} {odd} {count}");
+                }
+            }
+        }
+    }
+}

@@ -158,9 +158,39 @@ mod tests {
         }
     }
 
+    fn encoded(dtype: Dtype, values: &[f32]) -> Vec<u8> {
+        let mut bytes = vec![0; values.len() * dtype.float_bytes().unwrap()];
+        crate::read::encode_f32(dtype, values, &mut bytes).unwrap();
+        bytes
+    }
+
+    /// The sum as `to` from models stored as `dtype`; `None` where it is refused.
+    fn summed(kind: Sum, dtype: Dtype, models: &[Vec<f32>], weights: &[f32], to: Dtype) -> Option<Vec<u8>> {
+        let stored: Vec<Vec<u8>> = models.iter().map(|model| encoded(dtype, model)).collect();
+        let terms: Vec<Term<'_>> = stored.iter().map(|b| &b[..]).zip(weights.iter().copied()).collect();
+        let mut out = vec![0; models[0].len() * to.float_bytes().unwrap()];
+        sum(kind, dtype, &terms, to, &mut out).then_some(out)
+    }
+
+    const KINDS: [Sum; 6] = [
+        Sum::Mean { divisor: 1.0 },
+        Sum::Mean { divisor: 3.3 },
+        Sum::Mean { divisor: -4.0 },
+        Sum::Mean { divisor: f32::MIN_POSITIVE },
+        Sum::TaskVectors { scale: 1.0 },
+        Sum::TaskVectors { scale: 0.7 },
+    ];
+
+    const PAIRS: [(Dtype, Dtype); 4] = [
+        (Dtype::Bf16, Dtype::Bf16),
+        (Dtype::Bf16, Dtype::F32),
+        (Dtype::F32, Dtype::Bf16),
+        (Dtype::F32, Dtype::F32),
+    ];
+
     #[test]
     fn every_count_dtype_and_length_has_the_bits_of_one_value_at_a_time() {
-        for dtype in [Dtype::Bf16, Dtype::F32] {
+        for (dtype, to) in PAIRS {
             for (count, len) in (1..=MOST).flat_map(|count| [1, 15, 16, 1000].map(|len| (count, len))) {
                 let draw =
                     |model: usize, i: usize| ((model * 1000 + i) as f32 * 0.618_034).fract() * 8.0 - 4.0;
@@ -170,41 +200,49 @@ mod tests {
                 // Signed zeros and denormals.
                 models[count - 1][len / 2] = -0.0;
                 models[0][len / 2] = if len > 15 { -0.0 } else { f32::from_bits(0x10_0000) };
-                let encode = |values: &Vec<f32>| {
-                    let mut bytes = vec![0; len * dtype.float_bytes().unwrap()];
-                    crate::read::encode_f32(dtype, values, &mut bytes).unwrap();
-                    bytes
-                };
                 let weights: Vec<f32> = (0..count).map(|m| [1.0, 0.3, -1.7, 2.5][m % 4]).collect();
-                let mut stored: Vec<Vec<u8>> = models.iter().map(encode).collect();
-                let terms = |stored: &'_ [Vec<u8>]| -> Vec<(Vec<u8>, f32)> {
-                    stored.iter().cloned().zip(weights.iter().copied()).collect()
-                };
-                for kind in [
-                    Sum::Mean { divisor: 1.0 },
-                    Sum::Mean { divisor: 3.3 },
-                    Sum::TaskVectors { scale: 1.0 },
-                    Sum::TaskVectors { scale: 0.7 },
-                ] {
-                    let held = terms(&stored);
-                    let borrowed: Vec<Term<'_>> = held.iter().map(|(bytes, w)| (&bytes[..], *w)).collect();
-                    let mut out = vec![0.0; len];
-                    assert!(sum(kind, dtype, &borrowed, &mut out));
-                    for (i, out) in out.iter().enumerate() {
-                        let x: Vec<f32> = models.iter().map(|model| model[i]).collect();
-                        let want = one(kind, &x, &weights);
-                        assert_eq!(out.to_bits(), want.to_bits(), "{kind:?} {dtype} {count} {len} {i}");
-                    }
-                }
-                // One value that is not finite, in the last model.
-                for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-                    models[count - 1][len - 1] = odd;
-                    stored[count - 1] = encode(&models[count - 1]);
-                    let held = terms(&stored);
-                    let borrowed: Vec<Term<'_>> = held.iter().map(|(bytes, w)| (&bytes[..], *w)).collect();
-                    assert!(!sum(Sum::Mean { divisor: 1.0 }, dtype, &borrowed, &mut vec![0.0; len]));
+                for kind in KINDS {
+                    let want: Vec<f32> = (0..len)
+                        .map(|i| one(kind, &models.iter().map(|m| m[i]).collect::<Vec<_>>(), &weights))
+                        .collect();
+                    let want = want.iter().all(|v| v.is_finite()).then(|| encoded(to, &want));
+                    assert_eq!(
+                        summed(kind, dtype, &models, &weights, to),
+                        want,
+                        "{kind:?} {dtype} {count} {len}"
+                    );
                 }
             }
         }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_found_whatever_its_weight_and_whatever_makes_it() {
+        for (dtype, to) in PAIRS {
+            for (kind, place) in KINDS.into_iter().flat_map(|kind| [0, 1, 2].map(|place| (kind, place))) {
+                for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    for weight in [0.0, -0.0, 1.0, -3.0] {
+                        let mut models = vec![vec![1.0; 37]; 3];
+                        models[place][33] = odd;
+                        let weights = [1.0, weight, weight];
+                        assert_eq!(
+                            summed(kind, dtype, &models, &weights, to),
+                            None,
+                            "{kind:?} {odd} {weight}"
+                        );
+                    }
+                }
+            }
+            let all = |value: f32| vec![vec![value; 20]; 2];
+            let mean = Sum::Mean { divisor: 1.0 };
+            assert_eq!(summed(mean, dtype, &all(2e38), &[1.0, 1.0], to), None, "the sum");
+        }
+        // Finite as f32, an infinity as bf16: from halfway to the next.
+        let mean = Sum::Mean { divisor: 1.0 };
+        let largest = f32::from_bits(0x7f7f_7fff);
+        let rounds = |value: f32| summed(mean, Dtype::F32, &[vec![value; 20]], &[1.0], Dtype::Bf16);
+        assert_eq!(rounds(largest), Some(encoded(Dtype::Bf16, &[largest; 20])));
+        assert_eq!(rounds(f32::from_bits(0x7f7f_8000)), None);
+        assert!(summed(mean, Dtype::F32, &[vec![f32::MAX; 20]], &[1.0], Dtype::F32).is_some());
     }
 }

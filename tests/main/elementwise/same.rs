@@ -67,3 +67,36 @@ fn shards_do_not_matter() {
         }
     }
 }
+
+/// Sums that go straight from stored bytes to stored bytes, and those of models that are stored differently.
+#[test]
+fn how_models_are_stored_does_not_matter() {
+    const HEADS: [&str; 10] = [
+        "merge_method: linear\nparameters: { weight: 0.7 }",
+        "merge_method: linear\nparameters: { weight: 0.7, normalize: false }",
+        "merge_method: task_arithmetic\nbase_model: base\nparameters: { weight: 0.7, lambda: 0.9 }",
+        "merge_method: slerp\nbase_model: m0\nparameters: { t: 0.3 }",
+        "merge_method: nuslerp\nparameters: { weight: 1 }",
+        "merge_method: nuslerp\nbase_model: base\nparameters: { weight: 1 }",
+        "merge_method: multislerp\nparameters: { weight: 1 }",
+        "merge_method: multislerp\nbase_model: base\nparameters: { weight: 1 }",
+        "merge_method: karcher\nbase_model: base",
+        "merge_method: model_stock\nbase_model: base",
+    ];
+    let world = World::new("BF16", 23);
+    // The same values in another dtype: one model is no longer stored like the rest.
+    let wide: Vec<Tensor> =
+        world.models[1].iter().map(|t| Tensor::new(&t.name, "F32", &t.shape, &t.values())).collect();
+    world.scratch.model("wide", &wide);
+    for out in ["float32", "bfloat16", "float16"] {
+        for (k, head) in HEADS.iter().enumerate() {
+            let config = World::config(&format!("{head}\ndtype: float32\nout_dtype: {out}"), &["", ""]);
+            let alike = world.scratch.merge(&config, &format!("alike-{out}-{k}"), &[]);
+            let pread = world.scratch.merge(&config, &format!("pread-{out}-{k}"), &["--io", "pread"]);
+            assert_same(&alike, &pread, head);
+            let mixed = config.replace("model: m1", "model: wide");
+            let mixed = world.scratch.merge(&mixed, &format!("mixed-{out}-{k}"), &[]);
+            assert_same(&alike, &mixed, head);
+        }
+    }
+}
