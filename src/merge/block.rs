@@ -85,12 +85,24 @@ impl Values<'_> {
     /// Those of reading what is computed here.
     pub fn store(&self, range: Range<usize>, dtype: Dtype, out: &mut [u8]) -> Result<bool, MergeError> {
         match self {
-            Self::F32(values) => f32::encode(dtype, &values[range], out),
-            Self::F64(values) => f64::encode(dtype, &values[range], out),
-            Self::Stored(_, store) => return store(range, dtype, out),
+            Self::F32(values) => Ok(encode(&values[range], dtype, out)),
+            Self::F64(values) => Ok(encode(&values[range], dtype, out)),
+            Self::Stored(_, store) => store(range, dtype, out),
         }
-        Ok(first_nonfinite(dtype, out).is_some())
     }
+}
+
+/// Encodes values, and looks at each stretch while the first-level cache has it.
+fn encode<T: Real>(values: &[T], dtype: Dtype, out: &mut [u8]) -> bool {
+    /// Values of a stretch: 16 KiB of f32.
+    const NEAR: usize = 4096;
+    let width = dtype.float_bytes().unwrap_or(1);
+    let mut nonfinite = false;
+    for (values, out) in values.chunks(NEAR).zip(out.chunks_mut(NEAR * width)) {
+        T::encode(dtype, values, out);
+        nonfinite |= first_nonfinite(dtype, out).is_some();
+    }
+    nonfinite
 }
 
 /// Computes values of a range and stores them; says whether a stored value is not finite.
