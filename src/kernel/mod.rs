@@ -48,6 +48,11 @@ pub trait Real:
     fn to_f64(self) -> f64;
     /// Decodes stored values, rounding to nearest where `Self` is narrower.
     fn decode(dtype: Dtype, bytes: &[u8], out: &mut [Self]);
+    /// The same, and says whether all values are finite.
+    fn decode_finite(dtype: Dtype, bytes: &[u8], out: &mut [Self]) -> bool {
+        Self::decode(dtype, bytes, out);
+        Self::first_nonfinite(out).is_none()
+    }
     /// Encodes into a stored dtype with one rounding.
     fn encode(dtype: Dtype, values: &[Self], out: &mut [u8]);
     /// Index of the first NaN or infinity.
@@ -66,6 +71,10 @@ impl Real for f32 {
     fn decode(dtype: Dtype, bytes: &[u8], out: &mut [Self]) {
         dtype::decode_f32(dtype, bytes, out)
             .expect("float dtypes and matching lengths are checked when the plan is made");
+    }
+    fn decode_finite(dtype: Dtype, bytes: &[u8], out: &mut [Self]) -> bool {
+        dtype::decode_finite_f32(dtype, bytes, out)
+            .expect("float dtypes and matching lengths are checked when the plan is made")
     }
     fn encode(dtype: Dtype, values: &[Self], out: &mut [u8]) {
         dtype::encode_f32(dtype, values, out)

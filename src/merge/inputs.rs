@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{MergeError, pieces};
-use crate::kernel::Real;
+use crate::kernel::{Real, dispatch};
 use crate::operator::{OperatorError, RowSource};
-use crate::read::TensorMeta;
+use crate::read::{TensorMeta, decode_difference_f32};
 use crate::statistics::ModelStatistics;
 use crate::statistics::factor::FactorSummary;
 use crate::view::View;
@@ -210,8 +210,9 @@ impl Inputs {
             for (k, (values, bytes)) in
                 out.chunks_mut(NEAR).zip(bytes.chunks(NEAR * width.max(1))).enumerate()
             {
-                T::decode(meta.dtype, bytes, values);
-                if check {
+                if !check {
+                    T::decode(meta.dtype, bytes, values);
+                } else if !T::decode_finite(meta.dtype, bytes, values) {
                     self.check_finite(source, meta, first + k * NEAR, values)?;
                 }
                 each(k * NEAR, values);
@@ -230,6 +231,41 @@ impl Inputs {
         decode(bytes, self.refuse_nonfinite, out)?;
         pieces::keep(kind, range.start, len, |kept| kept.copy_from_slice(bytes));
         Ok(())
+    }
+
+    /// Decodes the differences of elements from `base`, in f32.
+    ///
+    /// # Errors
+    /// As [`Inputs::read`].
+    #[allow(clippy::too_many_arguments, reason = "those of `read`, and the base")]
+    pub fn read_differences(
+        &self,
+        source: SourceId,
+        meta: &TensorMeta,
+        elements: Range<usize>,
+        base: &[f32],
+        out: &mut [f32],
+        scratch: &mut Vec<u8>,
+        tally: &Tally,
+    ) -> Result<(), MergeError> {
+        if let Some(bytes) = self.stored(source, meta, elements.clone(), scratch)?
+            && matches!(decode_difference_f32(meta.dtype, bytes, base, out), Ok(Some(true)))
+        {
+            tally.add(bytes.len() as u64);
+            return Ok(());
+        }
+        // Piece by piece; a value that is not finite is found there.
+        self.read_each(source, meta, elements, out, scratch, tally, |at, values| {
+            let base = &base[at..at + values.len()];
+            dispatch(
+                #[inline(always)]
+                || {
+                    for (x, b) in values.iter_mut().zip(base) {
+                        *x -= *b;
+                    }
+                },
+            );
+        })
     }
 
     /// The stored bytes of elements of a float tensor, not looked at; `None` where values are made, or where a sweep keeps

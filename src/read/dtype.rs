@@ -274,7 +274,7 @@ pub fn decode_f32(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> Result<(), Rea
     check(dtype, bytes.len(), out.len())?;
     match dtype {
         Dtype::F32 => decode_loop(bytes, out, f32::from_le_bytes),
-        Dtype::Bf16 => decode_loop(bytes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
+        Dtype::Bf16 => decode_loop(bytes, out, |b| f32::from_bits(bf16_as_f32(b))),
         Dtype::F16 => f16_chunks(bytes, |at, wide| out[at..at + wide.len()].copy_from_slice(wide)),
         Dtype::F64 => decode_loop(bytes, out, |b| f64::from_le_bytes(b) as f32),
         _ => return Err(ReadError::NotFloat { dtype }),
@@ -293,9 +293,7 @@ pub fn decode_f64(dtype: Dtype, bytes: &[u8], out: &mut [f64]) -> Result<(), Rea
     match dtype {
         Dtype::F64 => decode_loop(bytes, out, f64::from_le_bytes),
         Dtype::F32 => decode_loop(bytes, out, |b| f64::from(f32::from_le_bytes(b))),
-        Dtype::Bf16 => {
-            decode_loop(bytes, out, |b| f64::from(f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)))
-        }
+        Dtype::Bf16 => decode_loop(bytes, out, |b| f64::from(f32::from_bits(bf16_as_f32(b)))),
         Dtype::F16 => f16_chunks(bytes, |at, wide| {
             for (value, element) in out[at..].iter_mut().zip(wide) {
                 *value = f64::from(*element);
@@ -304,6 +302,90 @@ pub fn decode_f64(dtype: Dtype, bytes: &[u8], out: &mut [f64]) -> Result<(), Rea
         _ => return Err(ReadError::NotFloat { dtype }),
     }
     Ok(())
+}
+
+/// Whether an f32 of these bits is finite, of a loop's greatest magnitude: bits order as magnitudes do, NaN last.
+fn is_finite(most: u32) -> bool {
+    most < 0x7f80_0000
+}
+
+/// Bits of the f32 that a bf16 is the upper half of.
+#[inline(always)]
+fn bf16_as_f32(element: [u8; 2]) -> u32 {
+    u32::from(u16::from_le_bytes(element)) << 16
+}
+
+/// As [`decode_f32`], and says whether all values are finite: in one loop where a value is at hand as the bits of an f32.
+///
+/// # Errors
+/// As there.
+pub fn decode_finite_f32(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> Result<bool, ReadError> {
+    #[inline(always)]
+    fn here<const SIZE: usize>(bytes: &[u8], out: &mut [f32], bits: impl Fn([u8; SIZE]) -> u32) -> bool {
+        let (elements, _) = bytes.as_chunks::<SIZE>();
+        is_finite(dispatch(
+            #[inline(always)]
+            || {
+                let mut most = 0u32;
+                for (value, element) in out.iter_mut().zip(elements) {
+                    let bits = bits(*element);
+                    most = most.max(bits & 0x7fff_ffff);
+                    *value = f32::from_bits(bits);
+                }
+                most
+            },
+        ))
+    }
+    check(dtype, bytes.len(), out.len())?;
+    match dtype {
+        Dtype::F32 => Ok(here(bytes, out, u32::from_le_bytes)),
+        Dtype::Bf16 => Ok(here(bytes, out, bf16_as_f32)),
+        _ => {
+            decode_f32(dtype, bytes, out)?;
+            Ok(first_nonfinite_f32(out).is_none())
+        }
+    }
+}
+
+/// Stored elements less `base`, in f32 and in one loop, where a value is at hand as the bits of an f32: `None` for other
+/// dtypes. Says whether all differences are finite; then so are the values.
+///
+/// # Errors
+/// As [`decode_f32`].
+pub fn decode_difference_f32(
+    dtype: Dtype,
+    bytes: &[u8],
+    base: &[f32],
+    out: &mut [f32],
+) -> Result<Option<bool>, ReadError> {
+    #[inline(always)]
+    fn here<const SIZE: usize>(
+        bytes: &[u8],
+        base: &[f32],
+        out: &mut [f32],
+        bits: impl Fn([u8; SIZE]) -> u32,
+    ) -> Option<bool> {
+        let (elements, _) = bytes.as_chunks::<SIZE>();
+        Some(is_finite(dispatch(
+            #[inline(always)]
+            || {
+                let mut most = 0u32;
+                for ((value, element), base) in out.iter_mut().zip(elements).zip(base) {
+                    let difference = f32::from_bits(bits(*element)) - base;
+                    most = most.max(difference.to_bits() & 0x7fff_ffff);
+                    *value = difference;
+                }
+                most
+            },
+        )))
+    }
+    check(dtype, bytes.len(), out.len())?;
+    check(dtype, bytes.len(), base.len())?;
+    Ok(match dtype {
+        Dtype::F32 => here(bytes, base, out, u32::from_le_bytes),
+        Dtype::Bf16 => here(bytes, base, out, bf16_as_f32),
+        _ => None,
+    })
 }
 
 /// Encodes f32 values as stored elements, each rounded once.

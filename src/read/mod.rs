@@ -29,8 +29,8 @@ pub mod torch;
 
 pub use checkpoint::{Checkpoint, TensorMeta};
 pub use dtype::{
-    Dtype, decode_f32, decode_f64, decode_integer, encode_f32, encode_f64, first_nonfinite,
-    first_nonfinite_f32, first_nonfinite_f64,
+    Dtype, decode_difference_f32, decode_f32, decode_f64, decode_finite_f32, decode_integer, encode_f32,
+    encode_f64, first_nonfinite, first_nonfinite_f32, first_nonfinite_f64,
 };
 pub use file::{Fingerprint, InputFile, IoMode, read_small_file};
 pub use header::{Header, header_hash, read_header};

@@ -14,7 +14,7 @@ use super::order::{HISTOGRAM_BYTES, Scores, Window};
 use super::places::{Line, Places, add_places};
 use super::stored::takes;
 use super::{Elementwise, Gram, MethodStart, OrderStatistic, PIECE, Pass, products};
-use crate::kernel::{Buffer, Threading, dispatch};
+use crate::kernel::{Buffer, Threading};
 use crate::merge::{BlockContext, MergeError, SourceId, Start};
 use crate::read::{Dtype, TensorMeta};
 
@@ -320,19 +320,11 @@ impl<'a> Run<'a> {
         let read = self.start.models.iter().zip(&*self.metas);
         for ((source, meta), out) in read.zip(values[models].chunks_mut(len.max(1))) {
             let out = &mut out[..len];
-            inputs.read_each(*source, meta, range.clone(), out, bytes, tally, |at, values| {
-                if differences {
-                    let base = &base[at..at + values.len()];
-                    dispatch(
-                        #[inline(always)]
-                        || {
-                            for (x, b) in values.iter_mut().zip(base) {
-                                *x -= *b;
-                            }
-                        },
-                    );
-                }
-            })?;
+            if differences {
+                inputs.read_differences(*source, meta, range.clone(), &base[..len], out, bytes, tally)?;
+            } else {
+                inputs.read(*source, meta, range.clone(), out, bytes, tally)?;
+            }
         }
         Ok(())
     }
