@@ -2,17 +2,19 @@
 
     python3 -m venv mergekit-venv && mergekit-venv/bin/pip install mergekit==0.1.5
     cargo build --release
-    mergekit-venv/bin/python benches/mergekit_side_by_side.py DIRECTORY [--gib 1] [--threads 2] [--methods ties,slerp]
+    mergekit-venv/bin/python benches/mergekit_side_by_side.py DIRECTORY [--gib 1] [--threads 2] [--methods ties,slerp] [--rounds 3]
 
 Makes a base and two models in a Llama's shapes, bf16, of about `--gib` GiB each, in DIRECTORY (kept, and used again by the
-next run), reads all of them once so that the page cache is warm, then merges with each tool in turn. Printed are wall
-seconds, the ratio, and the most anonymous memory that each process held. Ratios of one run are what counts.
+next run), reads all of them once so that the page cache is warm, then merges with each tool in turn, `--rounds` times.
+Printed are the medians of the wall seconds, their ratio, and the most anonymous memory that each process held. Ratios of one
+run are what counts.
 """
 
 import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -129,6 +131,7 @@ def main():
     parser.add_argument("--gib", type=float, default=1.0, help="size of each model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-memory", default="256MiB")
+    parser.add_argument("--rounds", type=int, default=1, help="of both tools, in turn")
     parser.add_argument("--methods", default="linear,task_arithmetic,slerp,ties,dare_ties")
     arguments = parser.parse_args()
     directory = arguments.directory.resolve()
@@ -147,8 +150,8 @@ def main():
             config["base_model"] = str(directory / config["base_model"])
         path = directory / f"{method}.yml"
         path.write_text(yaml.safe_dump({"merge_method": method, **config}, sort_keys=False))
-        results = []
-        for tool in ["mergekit", "mats-stream"]:
+        results = {"mergekit": [], "mats-stream": []}
+        for tool in [*results] * arguments.rounds:
             out = directory / "out"
             shutil.rmtree(out, ignore_errors=True)
             if tool == "mergekit":
@@ -157,9 +160,11 @@ def main():
                 limits = ["--threads", str(arguments.threads), "--max-memory", arguments.max_memory]
                 command = [*mats, "merge", path, "--out", out, "--progress", "none", *limits]
             os.sync()  # what the other left to be written is not this one's time
-            results.append(timed([str(c) for c in command], environment))
+            results[tool].append(timed([str(c) for c in command], environment))
             shutil.rmtree(out, ignore_errors=True)
-        (theirs, held), (ours, own) = results
+        (theirs, held), (ours, own) = (
+            (statistics.median(seconds for seconds, _ in runs), max(most for _, most in runs)) for runs in results.values()
+        )
         print(
             f"{method:<16}{theirs:>8.2f} s{held / 2**20:>6.0f} MiB{ours:>10.2f} s{own / 2**20:>6.0f} MiB{theirs / ours:>7.1f}x",
             flush=True,

@@ -34,7 +34,7 @@ fn least_out_buffers(threads: usize) -> usize {
 }
 
 /// Output buffers where memory is to spare: what a disk writes while every thread reads.
-const MOST_OUT_BUFFERS: usize = 64;
+const MOST_OUT_BUFFERS: usize = 40;
 
 /// Output buffers where so many bytes are left of the memory bound, and what they take beyond the overhead. At most half of
 /// what is left, and no more than there is to write.
