@@ -2,9 +2,11 @@
 //! row, or model): one file a method.
 //!
 //! A method has a [`Definition`], one `static` that says how the config names it and what it takes, and gives for each
-//! tensor an [`Elementwise`]: the passes it needs over the data, and the merge of one piece. `passes` runs them, tile by
-//! tile, and knows nothing of any method; `order` selects, `gram` has inner products, `random` has masks, `combine` sums
-//! task vectors; `whole` is for methods that need a weight's singular vectors. `starts` has what needs no pass at all. Nothing here holds a tensor that is longer than a piece.
+//! tensor an [`Elementwise`]: the passes it needs over the data, and the merge of one piece or the coefficients of a sum.
+//! `passes` runs them, tile by tile, and knows nothing of any method; `order` selects, `gram` has inner products, `random`
+//! has masks, `combine` sums task vectors; `whole` is for methods that need a weight's singular vectors. `starts` has what
+//! needs no pass at all. `sums` and `products` are the same from stored bytes, in registers, where models are stored alike.
+//! Nothing here holds a tensor that is longer than a piece.
 
 mod combine;
 mod gram;
