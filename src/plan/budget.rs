@@ -354,3 +354,25 @@ fn low_rank_scratch(inputs: &Inputs, tensor: &str, solve: &Solve, shape: BlockSh
     }
     2 * most
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_buffers_take_what_is_left_and_no_more_than_there_is_to_write() {
+        let least = least_out_buffers(2);
+        assert_eq!(out_buffers(2, 0, 1 << 40), (least, 0), "no room");
+        assert_eq!(out_buffers(2, 1 << 40, 0), (least, 0), "nothing to write");
+        let (all, bytes) = out_buffers(2, 1 << 40, 1 << 40);
+        assert_eq!(all, MOST_OUT_BUFFERS);
+        let cut = |buffers| BlockBuffer::cut_from(buffers, OUT_BUFFER_BYTES) as u64;
+        assert_eq!(bytes, cut(all) - cut(least));
+        for left in (0..64).map(|mib| mib << 20) {
+            let (buffers, bytes) = out_buffers(2, left, 1 << 40);
+            assert!(bytes <= left / 2 && (least..=all).contains(&buffers), "{left}: {buffers}, {bytes}");
+        }
+        // More threads than the most: their least.
+        assert_eq!(out_buffers(64, 1 << 40, 1 << 40).0, least_out_buffers(64));
+    }
+}

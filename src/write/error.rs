@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 use thiserror::Error;
 
+use super::space::free_bytes;
 use crate::report::units::{Bytes, Escaped, EscapedPath};
 
 /// The exit codes that writing can end in (contract §1).
@@ -355,23 +356,6 @@ impl WriteError {
         }
         Self::Io { path: path.to_owned(), doing, source }
     }
-}
-
-/// Bytes an unprivileged writer may still take on the file system of `path` or its nearest existing
-/// ancestor; `None` where it cannot tell (some user-space file systems report no blocks at all).
-pub(super) fn free_bytes(path: &Path) -> Option<u64> {
-    let statistics = path.ancestors().find_map(|ancestor| rustix::fs::statvfs(ancestor).ok())?;
-    if statistics.f_blocks == 0 {
-        return None;
-    }
-    let block = if statistics.f_frsize == 0 { statistics.f_bsize } else { statistics.f_frsize };
-    statistics.f_bavail.checked_mul(block)
-}
-
-/// Files that may still be made on the file system of `path`; `None` where it does not count them.
-pub(super) fn free_files(path: &Path) -> Option<u64> {
-    let statistics = rustix::fs::statvfs(path).ok()?;
-    (statistics.f_files > 0).then_some(statistics.f_favail)
 }
 
 #[cfg(test)]

@@ -29,6 +29,7 @@ mod replace;
 mod shard;
 mod side;
 mod snapshot;
+mod space;
 mod sweep_dir;
 
 pub use checksum::{Checksum, PieceChecksums};

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use super::error::WriteError;
-use super::{fault, output_dir, replace, shard, side};
+use super::{fault, output_dir, replace, side, space};
 
 /// A file on its way to its name. Dropped without [`NewFile::finish`], it leaves nothing.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ impl NewFile {
         let new = Self { path: path.to_owned(), directory, temporary, file, bytes, published: false };
         fault::point("file.reserve")
             .map_err(|source| WriteError::writing(&new.temporary, "reserve space", bytes, source))
-            .and_then(|()| shard::reserve(&new.temporary, &new.file, bytes, bytes))?;
+            .and_then(|()| space::reserve(&new.temporary, &new.file, bytes, bytes))?;
         Ok(new)
     }
 

@@ -12,19 +12,19 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{Advice, FallocateFlags, OFlags};
-use rustix::io::Errno;
+use rustix::fs::{Advice, OFlags};
 use serde_json::value::RawValue;
 
 use super::checksum::{Checksum, Hashed, PieceChecksums, partial_bytes_of};
 use super::coverage::Coverage;
 use super::direct::OpenShard;
-use super::error::{WriteError, free_bytes, free_files};
+use super::error::WriteError;
 use super::fault;
 use super::journal::{Journal, Record, RunKey};
 use super::output_dir::{JOURNAL_NAME, OutputDir, TEMPORARY_PREFIX, TEMPORARY_SUFFIX, sync_directory};
 use super::side::{self, SideFile};
 use super::snapshot::{self, SolvePlace, SolveStore};
+use super::space::{free_bytes, free_files, reserve};
 use crate::plan::shards::{INDEX_NAME, OutputLayout};
 use crate::report::units::Bytes;
 
@@ -776,21 +776,6 @@ impl Drop for CheckpointWriter {
             };
         }
         // `dir` is dropped next: it unlocks and removes the directory if we made it.
-    }
-}
-
-/// Reserves the file's blocks, so that a full disk shows now. File systems that cannot are written to as
-/// they are; then it gives false. `left` is what this and the following shards need.
-pub(super) fn reserve(path: &Path, file: &File, bytes: u64, left: u64) -> Result<bool, WriteError> {
-    loop {
-        match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, bytes) {
-            Ok(()) => return Ok(true),
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(false),
-            Err(Errno::INTR) => {}
-            Err(error) => {
-                return Err(WriteError::writing(path, "reserve space", left, error.into()));
-            }
-        }
     }
 }
 

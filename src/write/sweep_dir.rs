@@ -12,12 +12,13 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use super::error::{WriteError, free_bytes};
+use super::error::WriteError;
 use super::fault;
 use super::journal::{self, Journal, RunKey};
 use super::output_dir::{JOURNAL_NAME, OutputDir, sync_directory};
 use super::shard::{CheckpointWriter, SPARE_BYTES, WrittenCheckpoint};
 use super::side::{self, SideFile};
+use super::space::free_bytes;
 use crate::plan::shards::{INDEX_NAME, OutputLayout};
 use crate::report::{REPORT_FILE, SWEEP_FILE};
 
