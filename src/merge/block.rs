@@ -146,14 +146,14 @@ pub fn merge_block(
                 }
                 let merging = elementwise::Merging::of(context, start, context.known)?;
                 match merging.weighted_sum() {
-                    Some(sum) => start_tiles(context, &sum, false, emit)?,
+                    Some(sum) => start_tiles(context, &sum, emit)?,
                     None => merging.merge(&|first, values| emit(first, Values::F32(values)))?,
                 }
             }
             Ok(Vec::new())
         }
         Strategy::Elements if recipe.solves.is_empty() && !wide => {
-            start_tiles(context, &recipe.start, true, emit)?;
+            start_tiles(context, &recipe.start, emit)?;
             Ok(Vec::new())
         }
         Strategy::Elements => closed_form_tiles(context, recipe, emit),
@@ -387,20 +387,9 @@ pub(super) fn for_tiles<R: Send>(
     }
 }
 
-/// A start that is the result, in f32, tile by tile: each is computed where it is stored. `first_read`: nobody has read the
-/// tensor before.
-fn start_tiles(
-    context: &BlockContext<'_>,
-    start: &Start,
-    first_read: bool,
-    emit: &Emit<'_>,
-) -> Result<(), MergeError> {
+/// A start that is the result, in f32, tile by tile: each is computed where it is stored.
+fn start_tiles(context: &BlockContext<'_>, start: &Start, emit: &Emit<'_>) -> Result<(), MergeError> {
     for_tiles(context, tiles(context.shape.elements(), TILE), |tile| {
-        for source in start.sources().into_iter().filter(|_| first_read) {
-            if let Some(meta) = context.inputs.tensor(source, context.tensor) {
-                context.inputs.populate(source, meta, &tile);
-            }
-        }
         let scratch = std::cell::RefCell::default();
         let store = |range: Range<usize>, dtype: Dtype, out: &mut [u8]| {
             let range = tile.start + range.start..tile.start + range.end;

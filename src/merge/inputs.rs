@@ -289,16 +289,6 @@ impl Inputs {
         Ok(Some(view.read_stored(meta, range, scratch)?))
     }
 
-    /// Maps elements that are about to be read from a mapped file, in one call. Only advice.
-    pub fn populate(&self, source: SourceId, meta: &TensorMeta, elements: &Range<usize>) {
-        let view = &self.checkpoints[source];
-        if let Some(width) = meta.dtype.float_bytes().filter(|_| view.is_stored(meta)) {
-            for (checkpoint, stored) in view.parts(meta) {
-                checkpoint.populate(stored, (elements.start * width) as u64..(elements.end * width) as u64);
-            }
-        }
-    }
-
     /// # Errors
     /// [`MergeError::NonFinite`] naming the first value that is not finite.
     pub fn check_finite<T: Real>(

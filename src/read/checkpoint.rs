@@ -257,13 +257,6 @@ impl Checkpoint {
         }
     }
 
-    /// Maps a part of a tensor that is about to be read. See [`InputFile::populate`].
-    pub fn populate(&self, tensor: &TensorMeta, byte_range: Range<u64>) {
-        if let Some(range) = within(tensor.offset, tensor.bytes, &byte_range) {
-            self.files[tensor.file].populate(range);
-        }
-    }
-
     /// Gives back a part of a tensor that has been read. See [`InputFile::release`].
     pub fn release(&self, tensor: &TensorMeta, byte_range: Range<u64>, drop_cache: bool) {
         if let Some(range) = within(tensor.offset, tensor.bytes, &byte_range) {

@@ -215,13 +215,6 @@ impl InputFile {
         }
     }
 
-    /// Maps a range that is about to be read, in one call instead of a fault for every few pages. Only advice.
-    pub fn populate(&self, range: Range<u64>) {
-        if let (Ok((start, len)), Backend::Mapped(mapping)) = (self.checked(&range), &self.backend) {
-            mapping.populate(start, len);
-        }
-    }
-
     /// Asks the kernel to read `range` ahead, without waiting. Never fails: it is advice.
     pub fn will_need(&self, range: Range<u64>) {
         let Ok((start, len)) = self.checked(&range) else {

@@ -43,11 +43,6 @@ impl Mapping {
         let _ = self.map.advise_range(Advice::WillNeed, start, len);
     }
 
-    /// Maps the range's pages in one call: cheaper than the faults of whoever reads it next.
-    pub(super) fn populate(&self, start: usize, len: usize) {
-        let _ = self.map.advise_range(Advice::PopulateRead, start, len);
-    }
-
     /// Drops every page that the range touches from this process's resident set.
     pub(super) fn dont_need(&self, start: usize, len: usize) {
         // SAFETY: MADV_DONTNEED is dangerous where it discards data. This mapping is shared, read-only and

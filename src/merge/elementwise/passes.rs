@@ -436,15 +436,6 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Maps what is about to be read of the files.
-    fn populate(&self, pieces: &Range<usize>) {
-        let elements = self.cut.range(pieces.start).start..self.cut.range(pieces.end - 1).end;
-        let base = self.start.base.iter().zip(self.base_meta);
-        for (source, meta) in base.chain(self.start.models.iter().zip(self.metas.iter().copied())) {
-            self.context.inputs.populate(*source, meta, &elements);
-        }
-    }
-
     /// Hands stretches of `stretch` pieces to the workers in order; gives back what each worker made.
     pub fn sweep<S: Send>(
         &self,
@@ -554,9 +545,6 @@ impl<'a> Run<'a> {
             |parts: &mut Vec<(usize, Vec<f64>)>, slot, pieces| {
                 let at = pieces.start;
                 let mut sums = vec![0.0; count];
-                if alike.is_some() {
-                    self.populate(&pieces);
-                }
                 let mut places = self.places(stretch, pieces.clone(), slot, known, line.as_ref())?;
                 for piece in pieces {
                     if let Some(dtype) = alike
