@@ -248,7 +248,9 @@ impl Inputs {
         scratch: &mut Vec<u8>,
         tally: &Tally,
     ) -> Result<(), MergeError> {
-        if let Some(bytes) = self.stored(source, meta, elements.clone(), scratch)?
+        // Asked first: bytes that are of no use here would be read twice where files are not mapped.
+        if meta.dtype.is_upper_f32()
+            && let Some(bytes) = self.stored(source, meta, elements.clone(), scratch)?
             && matches!(decode_difference_f32(meta.dtype, bytes, base, out), Ok(Some(true)))
         {
             tally.add(bytes.len() as u64);

@@ -129,6 +129,11 @@ impl Dtype {
         self.float_bytes().is_some()
     }
 
+    /// Whether a value is the upper bits of an f32, so that vector loops decode it by a shift at most.
+    pub(crate) fn is_upper_f32(self) -> bool {
+        matches!(self, Self::Bf16 | Self::F32)
+    }
+
     /// Whether tensors of this dtype pass from the base to the output as they are: integers and BOOL.
     pub fn is_copied(self) -> bool {
         matches!(
@@ -311,7 +316,7 @@ fn is_finite(most: u32) -> bool {
 
 /// Bits of the f32 that a bf16 is the upper half of.
 #[inline(always)]
-fn bf16_as_f32(element: [u8; 2]) -> u32 {
+pub(crate) fn bf16_as_f32(element: [u8; 2]) -> u32 {
     u32::from(u16::from_le_bytes(element)) << 16
 }
 

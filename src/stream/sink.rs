@@ -157,20 +157,18 @@ impl Drain<'_> {
     /// # Errors
     /// The first write that fails; what is queued behind it is dropped.
     pub fn run(&self, writers: &[CheckpointWriter]) -> Result<(), MergeError> {
-        let closing = Closing(&self.pool);
+        let _closing = Closing(&self.pool);
         for job in &self.jobs {
             for output in job.outputs.iter() {
                 writers[*output].write_hashed(job.tensor, job.offset, job.bytes.bytes(), &job.pieces)?;
             }
             self.pool.put(job.bytes);
         }
-        // Every sink is gone, and what others still write comes back to nobody.
-        drop(closing);
         Ok(())
     }
 }
 
-/// Closes the pool where a writer thread ends, however it does.
+/// Closes the pool where a writer thread ends, however it does: with an error, or since every sink is gone and nobody waits.
 struct Closing<'p, 'b>(&'p Pool<'b>);
 
 impl Drop for Closing<'_, '_> {

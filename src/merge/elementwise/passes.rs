@@ -12,7 +12,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::order::{HISTOGRAM_BYTES, Scores, Window};
 use super::places::{Line, Places, add_places};
-use super::stored::takes;
 use super::{Elementwise, Gram, MethodStart, OrderStatistic, PIECE, Pass, products};
 use crate::kernel::{Buffer, Threading};
 use crate::merge::{BlockContext, MergeError, SourceId, Start};
@@ -484,7 +483,8 @@ impl<'a> Run<'a> {
     /// The dtype that all models are stored in, base included, where their products can be made from the bytes.
     fn alike(&self) -> Option<Dtype> {
         let dtype = self.metas.first()?.dtype;
-        let alike = takes(dtype) && self.base_meta.iter().chain(&*self.metas).all(|meta| meta.dtype == dtype);
+        let alike =
+            dtype.is_upper_f32() && self.base_meta.iter().chain(&*self.metas).all(|meta| meta.dtype == dtype);
         (alike && self.kept.is_none()).then_some(dtype)
     }
 

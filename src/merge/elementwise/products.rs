@@ -14,7 +14,7 @@ pub(super) fn products(dtype: Dtype, base: Option<&[u8]>, models: &[&[u8]], prod
     match dtype {
         Dtype::Bf16 => pairs::<Bf16>(base, models, products),
         Dtype::F32 => pairs::<F32>(base, models, products),
-        _ => unreachable!("`takes` says which dtypes"),
+        _ => unreachable!("the caller asks `is_upper_f32`"),
     }
 }
 

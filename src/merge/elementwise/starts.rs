@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use super::stored::takes;
 use super::sums::{self, Sum};
 use crate::kernel::{Real, dispatch};
 use crate::merge::{Inputs, MergeError, SourceId, Start, Tally};
@@ -133,7 +132,7 @@ pub(crate) fn merge_stored(
     tally: &Tally,
 ) -> Result<bool, MergeError> {
     let width = to.float_bytes().unwrap_or(0);
-    let together = Together::of(inputs, start, name).filter(|_| takes(to));
+    let together = Together::of(inputs, start, name).filter(|_| to.is_upper_f32());
     let mut nonfinite = false;
     let mut values = Vec::new();
     for (begin, out) in range.clone().step_by(PIECE).zip(out.chunks_mut((PIECE * width).max(1))) {
@@ -176,7 +175,7 @@ impl<'i> Together<'i> {
             .map(|(source, weight)| Some((*source, inputs.tensor(*source, name)?, *weight as f32)))
             .collect::<Option<_>>()?;
         let dtype = terms.first()?.1.dtype;
-        let alike = takes(dtype) && terms.iter().all(|(_, meta, _)| meta.dtype == dtype);
+        let alike = dtype.is_upper_f32() && terms.iter().all(|(_, meta, _)| meta.dtype == dtype);
         (alike && terms.len() <= sums::MOST).then_some(Self { inputs, sum, dtype, terms })
     }
 

@@ -32,7 +32,7 @@ pub(super) fn sum(sum: Sum, dtype: Dtype, terms: &[Term<'_>], to: Dtype, out: &m
         (Dtype::Bf16, Dtype::F32) => sum_by_count::<Bf16, F32>(sum, terms, out),
         (Dtype::F32, Dtype::Bf16) => sum_by_count::<F32, Bf16>(sum, terms, out),
         (Dtype::F32, Dtype::F32) => sum_by_count::<F32, F32>(sum, terms, out),
-        _ => unreachable!("`takes` says which dtypes"),
+        _ => unreachable!("the caller asks `is_upper_f32`"),
     }
 }
 
